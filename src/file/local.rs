@@ -1,0 +1,237 @@
+//! A regular file or block device of this machine.
+
+use std::fs::{File, Metadata, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use super::{Access, HostFile, HostOffset, Identity, Lock, Run, lock};
+use crate::error::{Error, ErrorKind, Result};
+use crate::sys;
+
+/// A regular file or block device of this machine, opened once.
+#[derive(Debug)]
+pub struct LocalFile {
+    path: PathBuf,
+    file: File,
+    access: Access,
+    identity: Identity,
+    /// Bytes. Kept here, so that a read can tell "beyond the end" from "was cut short".
+    size: AtomicU64,
+    lock: Mutex<Lock>,
+}
+
+impl LocalFile {
+    /// Opens `path`. Anything but a regular file or a block device is refused, without blocking
+    /// on it.
+    pub fn open(path: &Path, access: Access) -> Result<Self> {
+        // Looked at first: merely opening a FIFO or a tape can have an effect.
+        let metadata = std::fs::metadata(path).map_err(|e| Error::io(e, "cannot open").path(path))?;
+        refuse_other_types(&metadata).map_err(|e| e.path(path))?;
+        let file = OpenOptions::new()
+            .read(true)
+            .write(access == Access::ReadWrite)
+            .custom_flags(sys::OPEN_IMAGE)
+            .open(path)
+            .map_err(|e| Error::io(e, cannot_open(access)).path(path))?;
+        Self::from_file(file, path.to_owned(), access)
+    }
+
+    /// Creates `path`, or empties it if it exists.
+    pub fn create(path: &Path) -> Result<Self> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .custom_flags(sys::OPEN_IMAGE)
+            .open(path)
+            .map_err(|e| Error::io(e, "cannot create").path(path))?;
+        Self::from_file(file, path.to_owned(), Access::ReadWrite)
+    }
+
+    fn from_file(file: File, path: PathBuf, access: Access) -> Result<Self> {
+        let describe = |e| Error::io(e, "cannot tell its size").path(&path);
+        let metadata = file.metadata().map_err(describe)?;
+        // Again, on what was really opened: the name may lead elsewhere by now.
+        refuse_other_types(&metadata).map_err(|e| e.path(&path))?;
+        let (size, identity) = if metadata.file_type().is_block_device() {
+            let size = (&file).seek(SeekFrom::End(0)).map_err(describe)?;
+            (size, Identity { device: 0, inode: metadata.rdev() })
+        } else {
+            (metadata.len(), Identity { device: metadata.dev(), inode: metadata.ino() })
+        };
+        Ok(Self { path, file, access, identity, size: AtomicU64::new(size), lock: Mutex::new(Lock::None) })
+    }
+
+    fn failed(&self, error: io::Error, what: &str, at: u64) -> Error {
+        Error::io(error, what).path(&self.path).offset(at)
+    }
+
+    fn hole_aware_run(&self, at: u64, end: u64) -> io::Result<Run> {
+        let Some(data) = sys::seek_data(&self.file, at)? else {
+            return Ok(Run { is_data: false, length: end - at });
+        };
+        if data > at {
+            return Ok(Run { is_data: false, length: data.min(end) - at });
+        }
+        let hole = sys::seek_hole(&self.file, at)?.unwrap_or(end);
+        // A file that changes between the two calls may answer nonsense; never an empty run.
+        Ok(Run { is_data: true, length: hole.clamp(at + 1, end) - at })
+    }
+}
+
+fn cannot_open(access: Access) -> &'static str {
+    match access {
+        Access::ReadOnly => "cannot open for reading",
+        Access::ReadWrite => "cannot open for writing",
+    }
+}
+
+fn refuse_other_types(metadata: &Metadata) -> Result<()> {
+    let kind = metadata.file_type();
+    if kind.is_file() || kind.is_block_device() {
+        Ok(())
+    } else if kind.is_dir() {
+        Err(Error::new(ErrorKind::IsDirectory, "is a directory, not a disk image"))
+    } else {
+        let what = "is neither a regular file nor a block device";
+        Err(Error::new(ErrorKind::NotAFile, what))
+    }
+}
+
+impl HostFile for LocalFile {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn identity(&self) -> Identity {
+        self.identity
+    }
+
+    fn access(&self) -> Access {
+        self.access
+    }
+
+    fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    fn allocated_bytes(&self) -> Result<u64> {
+        let metadata = self.file.metadata();
+        metadata.map(|m| m.blocks() * 512).map_err(|e| self.failed(e, "cannot stat", 0))
+    }
+
+    fn read_at(&self, at: HostOffset, buffer: &mut [u8]) -> Result<()> {
+        let mut done = 0;
+        while done < buffer.len() {
+            let here = at.0 + done as u64;
+            match self.file.read_at(&mut buffer[done..], here) {
+                Ok(0) if here >= self.size() => {
+                    buffer[done..].fill(0);
+                    return Ok(());
+                }
+                Ok(0) => {
+                    let what = "the file was cut short while it was in use: cannot read";
+                    return Err(Error::new(ErrorKind::Io, what).path(&self.path).offset(here));
+                }
+                Ok(n) => done += n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(self.failed(e, "cannot read", here)),
+            }
+        }
+        Ok(())
+    }
+
+    fn write_at(&self, at: HostOffset, buffer: &[u8]) -> Result<()> {
+        let written = self.file.write_all_at(buffer, at.0);
+        written.map_err(|e| self.failed(e, "cannot write", at.0))?;
+        self.size.fetch_max(at.0 + buffer.len() as u64, Ordering::AcqRel);
+        Ok(())
+    }
+
+    fn set_size(&self, size: u64) -> Result<()> {
+        self.file.set_len(size).map_err(|e| self.failed(e, "cannot set the size", size))?;
+        self.size.store(size, Ordering::Release);
+        Ok(())
+    }
+
+    fn punch(&self, at: HostOffset, length: u64) -> Result<()> {
+        let punched = sys::punch_hole(&self.file, at.0, length);
+        punched.map_err(|e| self.failed(e, "cannot free the blocks", at.0))
+    }
+
+    fn sync(&self) -> Result<()> {
+        self.file.sync_data().map_err(|e| Error::io(e, "cannot sync").path(&self.path))
+    }
+
+    fn run_at(&self, at: HostOffset, length: u64) -> Result<Run> {
+        let size = self.size();
+        if at.0 >= size {
+            return Ok(Run { is_data: false, length });
+        }
+        let end = at.0.saturating_add(length).min(size);
+        match self.hole_aware_run(at.0, end) {
+            Ok(run) => Ok(run),
+            // A block device, or a file system that does not know: everything may be data.
+            Err(e) if e.raw_os_error() == Some(sys::errno::EINVAL) => {
+                Ok(Run { is_data: true, length: end - at.0 })
+            }
+            Err(e) => Err(self.failed(e, "cannot look for holes", at.0)),
+        }
+    }
+
+    fn lock(&self, lock: Lock) -> Result<()> {
+        let mut held = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        lock::apply(&self.file, *held, lock).map_err(|e| e.path(&self.path))?;
+        *held = lock;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn temporary(content: &[u8]) -> (tempfile::TempDir, LocalFile) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        std::fs::write(&path, content).unwrap();
+        let file = LocalFile::open(&path, Access::ReadWrite).unwrap();
+        (dir, file)
+    }
+
+    #[test]
+    fn reading_beyond_the_end_gives_zeros_but_a_truncated_file_is_an_error() {
+        let (_dir, file) = temporary(b"abc");
+        let mut buffer = [9; 5];
+        file.read_at(HostOffset(1), &mut buffer).unwrap();
+        assert_eq!(buffer, *b"bc\0\0\0");
+        File::create(file.path()).unwrap();
+        let error = file.read_at(HostOffset(1), &mut buffer).unwrap_err();
+        assert!(error.to_string().contains("cut short"), "{error}");
+    }
+
+    #[test]
+    fn holes_are_found() {
+        let (_dir, file) = temporary(b"");
+        file.set_size(1 << 20).unwrap();
+        file.write_at(HostOffset(512 << 10), &[1; 4096]).unwrap();
+        let run = file.run_at(HostOffset(0), 1 << 20).unwrap();
+        assert_eq!(run, Run { is_data: false, length: 512 << 10 });
+        assert!(file.run_at(HostOffset(512 << 10), 1 << 20).unwrap().is_data);
+        let beyond = file.run_at(HostOffset(2 << 20), 77).unwrap();
+        assert_eq!(beyond, Run { is_data: false, length: 77 });
+    }
+
+    #[test]
+    fn a_directory_or_fifo_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = LocalFile::open(dir.path(), Access::ReadOnly).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::IsDirectory);
+        let error = LocalFile::open(Path::new("/dev/null"), Access::ReadOnly).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NotAFile);
+    }
+}

@@ -1,0 +1,105 @@
+//! Host files: positioned I/O, holes, size, sync and locks of the files that images lie in.
+//!
+//! The trait is the seam at which tests record, fail or reorder what is written; everything above
+//! it reaches the disk through it. It knows nothing of formats.
+
+mod local;
+mod lock;
+
+use std::fmt;
+use std::path::Path;
+
+pub use local::LocalFile;
+pub use lock::Lock;
+
+use crate::error::Result;
+
+/// Byte offset in a file that stores an image. Never mixed with [`GuestOffset`].
+///
+/// [`GuestOffset`]: crate::layer::GuestOffset
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct HostOffset(pub u64);
+
+impl std::ops::Add<u64> for HostOffset {
+    type Output = Self;
+    fn add(self, bytes: u64) -> Self {
+        Self(self.0 + bytes)
+    }
+}
+
+impl fmt::LowerHex for HostOffset {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::LowerHex::fmt(&self.0, f)
+    }
+}
+
+/// What makes a file the same file under another name: device and inode, or the device number of
+/// a block device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Identity {
+    /// `st_dev`, or 0 for a block device.
+    pub device: u64,
+    /// `st_ino`, or `st_rdev` for a block device.
+    pub inode: u64,
+}
+
+/// Whether the file may be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Opened for reading only (invariant I5).
+    ReadOnly,
+    /// Opened for reading and writing.
+    ReadWrite,
+}
+
+/// A run of bytes that a file system answers alike for: all data, or all hole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// Whether it may hold anything but zeros.
+    pub is_data: bool,
+    /// Length in bytes, at least 1.
+    pub length: u64,
+}
+
+/// A file that stores an image. All methods take `&self`: I/O is positioned and may run in
+/// parallel. Errors name the file and the offset.
+pub trait HostFile: fmt::Debug + Send + Sync {
+    /// The name under which it was opened.
+    fn path(&self) -> &Path;
+
+    /// What makes it this file and no other.
+    fn identity(&self) -> Identity;
+
+    /// Whether it may be written.
+    fn access(&self) -> Access;
+
+    /// Its length in bytes: as it was when opened, and as we have changed it since.
+    fn size(&self) -> u64;
+
+    /// The bytes that it takes on its file system (`st_blocks` × 512).
+    fn allocated_bytes(&self) -> Result<u64>;
+
+    /// Fills `buffer` from `at`. Beyond [`size`](Self::size) there are zeros, as QEMU has it; a
+    /// file that has become shorter than that is an error.
+    fn read_at(&self, at: HostOffset, buffer: &mut [u8]) -> Result<()>;
+
+    /// Writes all of `buffer` at `at`, enlarging the file where needed.
+    fn write_at(&self, at: HostOffset, buffer: &[u8]) -> Result<()>;
+
+    /// Sets the length in bytes.
+    fn set_size(&self, size: u64) -> Result<()>;
+
+    /// Frees the blocks of a range, which reads as zeros afterwards. The length stays.
+    fn punch(&self, at: HostOffset, length: u64) -> Result<()>;
+
+    /// Returns when all that was written is durable, and what is needed to find it (`fdatasync`).
+    fn sync(&self) -> Result<()>;
+
+    /// The run that begins at `at`, at most `length` (≥ 1) bytes long. A file system that cannot
+    /// tell answers data; beyond the end there is a hole.
+    fn run_at(&self, at: HostOffset, length: u64) -> Result<Run>;
+
+    /// Takes the locks of `lock`, in addition to or in place of those held, or gives all back
+    /// with [`Lock::None`].
+    fn lock(&self, lock: Lock) -> Result<()>;
+}

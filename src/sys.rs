@@ -1,0 +1,164 @@
+//! Every system call that std lacks, as safe functions: the only `unsafe` and the only `libc::` of
+//! the crate. No policy: what the kernel answers is handed on as it is.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+
+/// The errno values that the rest of the crate names.
+pub mod errno {
+    pub use libc::{
+        EACCES, EAGAIN, EBUSY, EDQUOT, EFBIG, EINTR, EINVAL, EIO, EISDIR, ELOOP, ENAMETOOLONG, ENODEV,
+        ENOENT, ENOSPC, ENXIO, EOPNOTSUPP, EPERM, EROFS, ETXTBSY, EUCLEAN,
+    };
+}
+
+/// `open(2)` flags for images: a FIFO or a device without a medium must not block the open, and
+/// no program that we start inherits the descriptor.
+pub const OPEN_IMAGE: i32 = libc::O_NONBLOCK | libc::O_CLOEXEC | libc::O_NOCTTY;
+
+fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+fn signed(offset: u64) -> io::Result<libc::off_t> {
+    libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
+}
+
+fn seek(file: &File, offset: u64, whence: libc::c_int) -> io::Result<Option<u64>> {
+    // SAFETY: the descriptor is open for as long as `file` is borrowed; lseek touches no memory.
+    let found = unsafe { libc::lseek(file.as_raw_fd(), signed(offset)?, whence) };
+    if let Ok(found) = u64::try_from(found) {
+        return Ok(Some(found));
+    }
+    match io::Error::last_os_error() {
+        e if e.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+        e => Err(e),
+    }
+}
+
+/// The first offset at or after `offset` that holds data (`SEEK_DATA`), `None` if none follows.
+pub fn seek_data(file: &File, offset: u64) -> io::Result<Option<u64>> {
+    seek(file, offset, libc::SEEK_DATA)
+}
+
+/// The first offset at or after `offset` that lies in a hole (`SEEK_HOLE`; the end of the file
+/// counts as one), `None` if `offset` lies beyond the end.
+pub fn seek_hole(file: &File, offset: u64) -> io::Result<Option<u64>> {
+    seek(file, offset, libc::SEEK_HOLE)
+}
+
+/// Frees the blocks of `[offset, offset + length)`; the range reads as zeros, the size stays.
+pub fn punch_hole(file: &File, offset: u64, length: u64) -> io::Result<()> {
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    let (offset, length) = (signed(offset)?, signed(length)?);
+    // SAFETY: the descriptor is open for as long as `file` is borrowed; no memory is passed.
+    check(unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, length) }).map(drop)
+}
+
+fn byte_lock(kind: libc::c_int, byte: u64) -> io::Result<libc::flock> {
+    // SAFETY: `flock` is plain old data; all zeros is a valid value.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = kind as libc::c_short;
+    lock.l_whence = libc::SEEK_SET as libc::c_short;
+    lock.l_start = signed(byte)?;
+    lock.l_len = 1;
+    Ok(lock)
+}
+
+fn set_byte_lock(file: &File, kind: libc::c_int, byte: u64) -> io::Result<()> {
+    let lock = byte_lock(kind, byte)?;
+    // SAFETY: the descriptor is open, and `lock` outlives the call, which only reads it.
+    check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) }).map(drop)
+}
+
+/// Takes a shared open-file-description lock on one byte. Fails with EAGAIN or EACCES when
+/// another description holds it exclusively.
+pub fn lock_byte_shared(file: &File, byte: u64) -> io::Result<()> {
+    set_byte_lock(file, libc::F_RDLCK, byte)
+}
+
+/// Gives an open-file-description lock on one byte back.
+pub fn unlock_byte(file: &File, byte: u64) -> io::Result<()> {
+    set_byte_lock(file, libc::F_UNLCK, byte)
+}
+
+/// Whether another open file description holds any lock on this byte.
+pub fn byte_is_locked(file: &File, byte: u64) -> io::Result<bool> {
+    let mut lock = byte_lock(libc::F_WRLCK, byte)?;
+    // SAFETY: the descriptor is open, and `lock` is a valid flock that the call may overwrite.
+    check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) })?;
+    Ok(lock.l_type != libc::F_UNLCK as libc::c_short)
+}
+
+/// Raises the soft limit of open files to the hard one: a chain of 500 layers needs 500.
+pub fn raise_open_file_limit() -> io::Result<()> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `limit` is a valid rlimit that the call overwrites.
+    check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) })?;
+    limit.rlim_cur = limit.rlim_max;
+    // SAFETY: `limit` is a valid rlimit that the call only reads.
+    check(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) }).map(drop)
+}
+
+/// The effective user and group of this process.
+pub fn effective_ids() -> (u32, u32) {
+    // SAFETY: both calls always succeed and touch no memory.
+    unsafe { (libc::geteuid(), libc::getegid()) }
+}
+
+/// Which of the two processes one is after [`fork`].
+pub enum Fork {
+    /// The process that called.
+    Parent,
+    /// The new one, in a session of its own.
+    Child,
+}
+
+/// Forks into a new session. To be called while the process has one thread only: threads do not
+/// survive a fork, the locks that they held do.
+pub fn fork() -> io::Result<Fork> {
+    // SAFETY: the caller has one thread, so that no lock or heap state is torn in the child.
+    match check(unsafe { libc::fork() })? {
+        0 => {
+            // SAFETY: no memory is passed; it cannot fail in a process that was just forked.
+            check(unsafe { libc::setsid() })?;
+            Ok(Fork::Child)
+        }
+        _ => Ok(Fork::Parent),
+    }
+}
+
+/// Makes descriptor `target` (0, 1 or 2) another name of `source`.
+pub fn redirect(source: BorrowedFd<'_>, target: RawFd) -> io::Result<()> {
+    // SAFETY: `source` is open; what `target` was before is one of the standard streams.
+    check(unsafe { libc::dup2(source.as_raw_fd(), target) }).map(drop)
+}
+
+/// SIGINT, SIGTERM and SIGHUP, kept from their default action so that one thread can wait for them.
+pub struct StopSignals(libc::sigset_t);
+
+impl StopSignals {
+    /// Blocks the three in this thread and in all that it starts afterwards.
+    pub fn block() -> io::Result<Self> {
+        // SAFETY: `set` is initialised by sigemptyset before any other use.
+        unsafe {
+            let mut set: libc::sigset_t = std::mem::zeroed();
+            check(libc::sigemptyset(&raw mut set))?;
+            for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+                check(libc::sigaddset(&raw mut set, signal))?;
+            }
+            check(libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()))?;
+            Ok(Self(set))
+        }
+    }
+
+    /// Waits until one of them arrives and returns its number.
+    pub fn wait(&self) -> i32 {
+        let mut signal = 0;
+        // SAFETY: the set is initialised, and `signal` is valid for the call to write.
+        while unsafe { libc::sigwait(&raw const self.0, &raw mut signal) } != 0 {}
+        signal
+    }
+}
