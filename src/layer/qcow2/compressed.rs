@@ -1,0 +1,108 @@
+//! Compressed clusters: from the bytes in the file to the bytes of the cluster, and back.
+//!
+//! Pure: no I/O. The output has a fixed size, so a payload that inflates without end costs no more
+//! than a cluster.
+
+use flate2::{Compress, Decompress, FlushCompress, FlushDecompress, Status};
+use zstd::stream::raw::{Decoder, InBuffer, Operation, OutBuffer};
+
+use super::header::Compression;
+use crate::error::{Error, Result};
+
+/// Fills `cluster` from `payload`, which may be followed by bytes that do not belong to it.
+pub fn inflate(compression: Compression, payload: &[u8], cluster: &mut [u8]) -> Result<()> {
+    let filled = match compression {
+        Compression::Zlib => inflate_zlib(payload, cluster),
+        Compression::Zstd => inflate_zstd(payload, cluster),
+    };
+    match filled {
+        Some(length) if length == cluster.len() => Ok(()),
+        Some(length) => {
+            let what = format!("the compressed cluster holds {length} bytes only of {}", cluster.len());
+            Err(Error::corrupt(what))
+        }
+        None => Err(Error::corrupt("the compressed cluster cannot be decompressed")),
+    }
+}
+
+/// A raw deflate stream. What it would hold beyond the cluster is not looked at, as in QEMU.
+fn inflate_zlib(payload: &[u8], cluster: &mut [u8]) -> Option<usize> {
+    let mut stream = Decompress::new(false);
+    loop {
+        let (read, written) = (stream.total_in() as usize, stream.total_out() as usize);
+        if written == cluster.len() {
+            return Some(written);
+        }
+        let status = stream.decompress(&payload[read..], &mut cluster[written..], FlushDecompress::Finish);
+        let stuck = (stream.total_in() as usize, stream.total_out() as usize) == (read, written);
+        match status.ok()? {
+            Status::StreamEnd => return Some(stream.total_out() as usize),
+            Status::Ok | Status::BufError if stuck => return None,
+            Status::Ok | Status::BufError => {}
+        }
+    }
+}
+
+fn inflate_zstd(payload: &[u8], cluster: &mut [u8]) -> Option<usize> {
+    let mut decoder = Decoder::new().ok()?;
+    let mut input = InBuffer::around(payload);
+    let mut output = OutBuffer::around(cluster);
+    loop {
+        let before = (input.pos(), output.pos());
+        let hint = decoder.run(&mut input, &mut output).ok()?;
+        if output.pos() == output.capacity() || hint == 0 && input.pos() == payload.len() {
+            return Some(output.pos());
+        }
+        if (input.pos(), output.pos()) == before {
+            return None;
+        }
+    }
+}
+
+/// The payload of a cluster, or `None` where it would not be smaller than the cluster itself.
+pub fn deflate(compression: Compression, cluster: &[u8]) -> Option<Vec<u8>> {
+    let mut payload = vec![0; cluster.len() - 1];
+    let length = match compression {
+        Compression::Zlib => {
+            // QEMU inflates with a window of 2^12 bytes only.
+            let mut stream = Compress::new_with_window_bits(flate2::Compression::default(), false, 12);
+            let status = stream.compress(cluster, &mut payload, FlushCompress::Finish).ok()?;
+            (status == Status::StreamEnd).then_some(stream.total_out() as usize)?
+        }
+        Compression::Zstd => zstd::bulk::compress_to_buffer(cluster, &mut payload, 0).ok()?,
+    };
+    payload.truncate(length);
+    Some(payload)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> Vec<u8> {
+        (0..65536u32).map(|i| (i / 7) as u8).collect()
+    }
+
+    #[test]
+    fn both_kinds_survive_a_round_trip_with_garbage_behind_the_payload() {
+        for compression in [Compression::Zlib, Compression::Zstd] {
+            let mut payload = deflate(compression, &sample()).unwrap();
+            payload.extend([0xaa; 300]);
+            let mut cluster = vec![0; 65536];
+            inflate(compression, &payload, &mut cluster).unwrap();
+            assert_eq!(cluster, sample());
+        }
+    }
+
+    #[test]
+    fn a_payload_that_is_too_short_or_nonsense_is_refused() {
+        for compression in [Compression::Zlib, Compression::Zstd] {
+            let payload = deflate(compression, &sample()).unwrap();
+            let mut cluster = vec![0; 65536];
+            assert!(inflate(compression, &payload[..payload.len() / 2], &mut cluster).is_err());
+            assert!(inflate(compression, &[0xff; 512], &mut cluster).is_err());
+            assert!(inflate(compression, &[], &mut cluster).is_err());
+            assert!(inflate(compression, &payload, &mut vec![0; 131_072]).is_err());
+        }
+    }
+}

@@ -1,0 +1,172 @@
+//! L1 and L2 entries: what the bits mean.
+//!
+//! Pure: no I/O. Facts from the qcow2 specification, *Cluster mapping* and *Extended L2 entries*.
+
+use super::header::Header;
+use crate::error::{Error, Result};
+use crate::file::HostOffset;
+
+/// The refcount of what this entry points to is exactly one: it may be written in place.
+pub const COPIED: u64 = 1 << 63;
+/// The cluster is compressed.
+pub const COMPRESSED: u64 = 1 << 62;
+/// The cluster reads as zeros (standard entries of version 3 without subclusters).
+pub const ZERO: u64 = 1 << 0;
+/// Bits 9–55: a host offset.
+pub const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+
+/// Bits of an L1 entry that are neither offset nor flag.
+const L1_RESERVED: u64 = !(OFFSET | COPIED);
+const L2_RESERVED: u64 = !(OFFSET | COPIED | ZERO);
+
+/// Number of subclusters in a cluster with extended L2 entries.
+pub const SUBCLUSTERS: u32 = 32;
+
+/// The host offset of an L2 table that an L1 entry points to, `None` if there is none.
+pub fn l2_table(entry: u64, header: &Header) -> Result<Option<HostOffset>> {
+    if entry & L1_RESERVED != 0 {
+        return Err(Error::corrupt(format!("L1 entry {entry:#018x} has reserved bits set")));
+    }
+    match entry & OFFSET {
+        0 => Ok(None),
+        offset if offset % header.cluster_size() == 0 => Ok(Some(HostOffset(offset))),
+        _ => Err(Error::corrupt(format!("L1 entry {entry:#018x} is not aligned to a cluster"))),
+    }
+}
+
+/// An L2 entry as it stands in the table; `bitmap` is zero where entries have 8 bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct L2Entry {
+    /// The first 8 bytes.
+    pub word: u64,
+    /// The second 8 bytes of an extended entry: bits 0–31 allocated, bits 32–63 zero.
+    pub bitmap: u64,
+}
+
+/// What an L2 entry says of its cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cluster {
+    /// Compressed.
+    Compressed {
+        /// Where its bytes begin.
+        at: HostOffset,
+        /// How many bytes it has at most.
+        size: u32,
+    },
+    /// Uncompressed, or nothing, or zeros: each subcluster for itself.
+    Standard(Standard),
+}
+
+/// An entry that is not compressed, in the words of subclusters: without extended L2 entries all
+/// 32 say the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Standard {
+    /// The host cluster, if there is one.
+    pub host: Option<HostOffset>,
+    /// Bit n: subcluster n is data in the host cluster.
+    pub allocated: u32,
+    /// Bit n: subcluster n reads as zeros.
+    pub zero: u32,
+}
+
+/// The state of one subcluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// In the host cluster.
+    Data,
+    /// Zeros.
+    Zero,
+    /// Unknown here.
+    Unallocated,
+}
+
+impl Standard {
+    /// The state of a subcluster.
+    pub fn state(&self, index: u32) -> State {
+        let bit = 1 << index;
+        if self.zero & bit != 0 {
+            State::Zero
+        } else if self.allocated & bit != 0 {
+            State::Data
+        } else {
+            State::Unallocated
+        }
+    }
+
+    /// How many subclusters from `index` on, at most up to `end`, have the same state.
+    pub fn run(&self, index: u32, end: u32) -> u32 {
+        let state = self.state(index);
+        (index..end).take_while(|&i| self.state(i) == state).count() as u32
+    }
+
+    /// Bit n: nothing is known of subcluster n here.
+    pub fn unallocated(&self) -> u32 {
+        !(self.allocated | self.zero)
+    }
+}
+
+impl L2Entry {
+    /// What the entry says, with everything that the format forbids refused.
+    pub fn decode(self, header: &Header) -> Result<Cluster> {
+        if self.word & COMPRESSED != 0 {
+            return self.decode_compressed(header);
+        }
+        let extended = header.has_subclusters();
+        // The zero flag is reserved in version 2, and replaced by the bitmap in extended entries.
+        let zero_flag_is_reserved = extended || header.version < 3;
+        let reserved = if zero_flag_is_reserved { L2_RESERVED | ZERO } else { L2_RESERVED };
+        if self.word & reserved != 0 {
+            return Err(self.corrupt("has reserved bits set"));
+        }
+        let offset = self.word & OFFSET;
+        if !offset.is_multiple_of(header.cluster_size()) {
+            return Err(self.corrupt("is not aligned to a cluster"));
+        }
+        // In an external data file, offset 0 is a place like any other; there the flag tells.
+        let is_set = offset != 0 || (header.has_data_file() && self.word & COPIED != 0);
+        let host = is_set.then_some(HostOffset(offset));
+        let (allocated, zero) = if extended {
+            (self.bitmap as u32, (self.bitmap >> 32) as u32)
+        } else if self.word & ZERO != 0 {
+            (0, u32::MAX)
+        } else {
+            (if is_set { u32::MAX } else { 0 }, 0)
+        };
+        if allocated & zero != 0 {
+            return Err(self.corrupt("calls a subcluster both allocated and zero"));
+        }
+        if allocated != 0 && host.is_none() {
+            return Err(self.corrupt("has allocated subclusters but no host cluster"));
+        }
+        Ok(Cluster::Standard(Standard { host, allocated, zero }))
+    }
+
+    /// Compressed: bits 0 to x−1 are the host offset, bits x to 61 the number of additional
+    /// 512-byte sectors, where x = 62 − (cluster_bits − 8).
+    fn decode_compressed(self, header: &Header) -> Result<Cluster> {
+        if header.has_data_file() {
+            return Err(self.corrupt("is compressed, which an external data file rules out"));
+        }
+        if self.bitmap != 0 {
+            return Err(self.corrupt("is compressed but has subclusters"));
+        }
+        if self.word & COPIED != 0 {
+            return Err(self.corrupt("is compressed but marked as writable in place"));
+        }
+        let x = 62 - (header.cluster_bits - 8);
+        let at = self.word & ((1 << x) - 1);
+        let sectors = ((self.word & !COMPRESSED) >> x) + 1;
+        if at >> 56 != 0 {
+            return Err(self.corrupt("points beyond any file"));
+        }
+        let size = sectors * 512 - at % 512;
+        // Fits: at most 2^(cluster_bits - 8) sectors, 4 MiB.
+        Ok(Cluster::Compressed { at: HostOffset(at), size: size as u32 })
+    }
+
+    fn corrupt(self, what: &str) -> Error {
+        let Self { word, bitmap } = self;
+        let bitmap = if bitmap == 0 { String::new() } else { format!(" {bitmap:#018x}") };
+        Error::corrupt(format!("L2 entry {word:#018x}{bitmap} {what}"))
+    }
+}

@@ -1,0 +1,362 @@
+//! qcow2, versions 2 and 3: reading.
+//!
+//! Owns what an image is when it is open: header, extensions, one L1 table (of the active disk or
+//! of an internal snapshot), and how a guest offset becomes an extent. Opening costs the header
+//! and the L1 table. The parts:
+//!
+//! | file | what |
+//! |---|---|
+//! | `header`, `extension`, `entry`, `compressed` | what bytes mean; pure |
+//! | `table`, `snapshot` | reading tables |
+//! | `refcount`, `allocate`, `update`, `swap` | writing, in the order of invariants I2 and I3 |
+//! | `references`, `check` | who points where, and whether the refcounts say so |
+
+pub mod compressed;
+pub mod entry;
+pub mod extension;
+pub mod header;
+pub mod snapshot;
+pub mod table;
+
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+use std::sync::Arc;
+
+use self::entry::{COMPRESSED, Cluster, L2Entry, SUBCLUSTERS, Standard, State};
+use self::extension::{Extensions, kind};
+use self::header::{Compression, Header};
+use self::snapshot::{Snapshot, SnapshotTable};
+use self::table::{SLICE_BYTES, TableCache, read_words};
+use super::{Compressed, Detail, Extent, ExtentKind, Format, GuestOffset, Layer, Reference};
+use crate::error::{Context, Error, Result};
+use crate::file::{HostFile, HostOffset};
+
+/// The header cluster, decoded: what can be known before any other file is opened.
+#[derive(Clone, Debug)]
+pub struct Preamble {
+    /// The header's fields.
+    pub header: Header,
+    /// The header extensions.
+    pub extensions: Extensions,
+    /// The backing file.
+    pub backing: Option<Reference>,
+}
+
+impl Preamble {
+    /// Reads, decodes and validates the header cluster.
+    pub fn read(file: &dyn HostFile) -> Result<Self> {
+        Self::read_unnamed(file).path(file.path())
+    }
+
+    fn read_unnamed(file: &dyn HostFile) -> Result<Self> {
+        let mut start = [0; header::DECODED_LENGTH];
+        file.read_at(HostOffset(0), &mut start)?;
+        let header = Header::decode(&start)?;
+        header.validate_geometry()?;
+        let end = match header.backing_offset {
+            0 => header.cluster_size(),
+            offset => offset,
+        };
+        let mut area = vec![0; (end - u64::from(header.length)) as usize];
+        file.read_at(HostOffset(u64::from(header.length)), &mut area)?;
+        let extensions = Extensions::decode(&area, u64::from(header.length))?;
+        header.validate(|bit| extensions.incompatible_feature_name(bit))?;
+        let backing = read_backing(file, &header, &extensions)?;
+        Ok(Self { header, extensions, backing })
+    }
+
+    /// The external data file as the header names it; the format is always raw.
+    pub fn data_file(&self) -> Result<Option<Reference>> {
+        if !self.header.has_data_file() {
+            return Ok(None);
+        }
+        match self.extensions.find(kind::DATA_FILE) {
+            Some(name) if !name.is_empty() => Ok(Some(Reference {
+                name: OsString::from_vec(name.to_vec()),
+                format: Some(Format::Raw.to_string()),
+            })),
+            _ => Err(Error::corrupt("has an external data file but does not name it")),
+        }
+    }
+}
+
+fn read_backing(file: &dyn HostFile, header: &Header, extensions: &Extensions) -> Result<Option<Reference>> {
+    if header.backing_offset == 0 || header.backing_size == 0 {
+        return Ok(None);
+    }
+    let mut name = vec![0; header.backing_size as usize];
+    file.read_at(HostOffset(header.backing_offset), &mut name)?;
+    // QEMU reads it as a C string.
+    let end = name.iter().position(|&byte| byte == 0).unwrap_or(name.len());
+    name.truncate(end);
+    if name.is_empty() {
+        return Ok(None);
+    }
+    let format = extensions.find_text(kind::BACKING_FORMAT).filter(|f| !f.is_empty());
+    Ok(Some(Reference { name: OsString::from_vec(name), format }))
+}
+
+/// A qcow2 image, opened for reading one of its views: the active disk or an internal snapshot.
+#[derive(Clone, Debug)]
+pub struct Qcow2 {
+    file: Arc<dyn HostFile>,
+    data_file: Arc<dyn HostFile>,
+    preamble: Arc<Preamble>,
+    compression: Compression,
+    cache: Arc<TableCache>,
+    /// Names this layer in the cache.
+    number: u64,
+    virtual_size: u64,
+    l1: Arc<[u64]>,
+    /// Whether clusters that are data by the tables can be holes of the file all the same, as in
+    /// an image with preallocated metadata.
+    is_sparse: bool,
+}
+
+impl Qcow2 {
+    /// Opens the active disk. `data_file` is the external data file, opened, if `preamble` asks
+    /// for one.
+    pub fn open(
+        file: Arc<dyn HostFile>,
+        data_file: Option<Arc<dyn HostFile>>,
+        preamble: Preamble,
+        cache: Arc<TableCache>,
+    ) -> Result<Self> {
+        let header = &preamble.header;
+        let l1 = read_l1(&*file, header.l1_offset, header.l1_entries).path(file.path())?;
+        let data_file = data_file.unwrap_or_else(|| file.clone());
+        Ok(Self {
+            is_sparse: is_sparse(&*data_file, header.cluster_size())?,
+            data_file,
+            file,
+            compression: header.compression()?,
+            cache,
+            number: TableCache::next_layer_number(),
+            // As QEMU rounds it.
+            virtual_size: header.size.next_multiple_of(512),
+            l1,
+            preamble: Arc::new(preamble),
+        })
+    }
+
+    /// The header's fields.
+    pub fn header(&self) -> &Header {
+        &self.preamble.header
+    }
+
+    /// The whole header cluster.
+    pub fn preamble(&self) -> &Preamble {
+        &self.preamble
+    }
+
+    /// The L1 table of this view.
+    pub fn l1(&self) -> &[u64] {
+        &self.l1
+    }
+
+    /// The internal snapshots.
+    pub fn snapshots(&self) -> Result<Vec<Snapshot>> {
+        SnapshotTable::read(&*self.file, self.header()).map(|table| table.snapshots)
+    }
+
+    /// The view of an internal snapshot.
+    pub fn at_snapshot(&self, snapshot: &Snapshot) -> Result<Self> {
+        let l1 = read_l1(&*self.file, snapshot.l1_offset, snapshot.l1_entries)
+            .path(self.file.path())
+            .doing(|| format!("opening snapshot '{}'", snapshot.name))?;
+        Ok(Self { l1, virtual_size: snapshot.disk_size.next_multiple_of(512), ..self.clone() })
+    }
+
+    /// The L2 entry for the cluster at `at`, `None` if there is no L2 table.
+    fn l2_entry(&self, at: GuestOffset) -> Result<Option<L2Entry>> {
+        let header = self.header();
+        let Some(table) = self.l2_table(at.0 / header.l2_coverage())? else {
+            return Ok(None);
+        };
+        let index = (at.0 >> header.cluster_bits) % header.l2_entries();
+        let slice_bytes = SLICE_BYTES.min(header.cluster_size());
+        let per_slice = slice_bytes / header.l2_entry_size();
+        let slice_at = table + index / per_slice * slice_bytes;
+        let slice = self.cache.slice(self.number, &*self.file, slice_at, slice_bytes)?;
+        Ok(Some(slice.entry(index % per_slice, header.l2_entry_size())))
+    }
+
+    fn l2_table(&self, l1_index: u64) -> Result<Option<HostOffset>> {
+        let entry = self.l1.get(l1_index as usize).copied().unwrap_or(0);
+        let table = entry::l2_table(entry, self.header())?;
+        match table {
+            Some(at) if at.0 >= self.file.size() => {
+                Err(Error::corrupt(format!("L1 entry {entry:#018x} points past the end of the file")))
+            }
+            _ => Ok(table),
+        }
+    }
+
+    /// Length of the run of absent L2 tables from `at` on, at most `length` bytes.
+    fn absent_run(&self, at: GuestOffset, length: u64) -> Result<u64> {
+        let coverage = self.header().l2_coverage();
+        let first = at.0 / coverage;
+        let last = (at.0 + length - 1) / coverage;
+        let mut next = first + 1;
+        while next <= last && self.l2_table(next)?.is_none() {
+            next += 1;
+        }
+        Ok((next * coverage - at.0).min(length))
+    }
+
+    fn extent_in_cluster(&self, at: GuestOffset, length: u64, entry: L2Entry) -> Result<Extent> {
+        let header = self.header();
+        let within = at.0 % header.cluster_size();
+        let length = length.min(header.cluster_size() - within);
+        match entry.decode(header)? {
+            Cluster::Compressed { at, size } => {
+                self.within_file(&self.file, at, "compressed cluster")?;
+                let kind = ExtentKind::Compressed(Compressed { at, size, skip: within as u32 });
+                Ok(Extent { kind, length })
+            }
+            Cluster::Standard(standard) => self.extent_in_standard(standard, within, length),
+        }
+    }
+
+    fn extent_in_standard(&self, cluster: Standard, within: u64, length: u64) -> Result<Extent> {
+        let subcluster = self.header().cluster_size() / u64::from(SUBCLUSTERS);
+        let first = (within / subcluster) as u32;
+        let end = (within + length).div_ceil(subcluster) as u32;
+        let run_end = u64::from(first + cluster.run(first, end)) * subcluster;
+        let length = length.min(run_end - within);
+        let host = cluster.host.map(|host| host + within);
+        let kind = match (cluster.state(first), host) {
+            (State::Zero, host) => ExtentKind::Zero(host),
+            (State::Data, Some(host)) => {
+                self.within_file(&self.data_file, host, "cluster")?;
+                ExtentKind::Data(host)
+            }
+            // `decode` has refused data without a host cluster.
+            (State::Unallocated | State::Data, _) => ExtentKind::NotMine,
+        };
+        Ok(Extent { kind, length })
+    }
+
+    /// A cluster that begins past the end of its file is lost data, not zeros. That the file ends
+    /// within its last cluster is normal.
+    fn within_file(&self, file: &Arc<dyn HostFile>, host: HostOffset, what: &str) -> Result<()> {
+        if host.0 & !(self.header().cluster_size() - 1) < file.size() {
+            return Ok(());
+        }
+        let what = format!("a {what} lies past the end of the file: the file was cut short");
+        Err(Error::corrupt(what).path(file.path()).offset(host.0))
+    }
+
+    fn split_by_holes(&self, host: HostOffset, length: u64) -> Result<Extent> {
+        let run = self.data_file.run_at(host, length)?;
+        let kind = if run.is_data { ExtentKind::Data(host) } else { ExtentKind::Zero(Some(host)) };
+        Ok(Extent { kind, length: run.length })
+    }
+
+    /// Lengthens `extent` by what follows it in the same way in the clusters after it.
+    fn grow(&self, at: GuestOffset, length: u64, mut extent: Extent) -> Result<Extent> {
+        // One L2 table at a time, so that a call stays short.
+        let coverage = self.header().l2_coverage();
+        let limit = length.min(coverage - at.0 % coverage);
+        while extent.length < limit {
+            let next = at + extent.length;
+            let Some(entry) = self.l2_entry(next)? else { break };
+            if entry.word & COMPRESSED != 0 {
+                break;
+            }
+            let more = self.extent_in_cluster(next, limit - extent.length, entry)?;
+            if !continues(extent, more.kind) {
+                break;
+            }
+            extent.length += more.length;
+        }
+        Ok(extent)
+    }
+}
+
+/// Whether `next` is what follows `extent` when it goes on in the same way.
+fn continues(extent: Extent, next: ExtentKind) -> bool {
+    match (extent.kind, next) {
+        (ExtentKind::Data(host), ExtentKind::Data(next)) => next == host + extent.length,
+        (ExtentKind::Zero(Some(host)), ExtentKind::Zero(Some(next))) => next == host + extent.length,
+        (ExtentKind::Zero(None), ExtentKind::Zero(None)) | (ExtentKind::NotMine, ExtentKind::NotMine) => true,
+        _ => false,
+    }
+}
+
+/// Whether much of the file is holes; a few clusters that were never written count for nothing.
+fn is_sparse(file: &dyn HostFile, cluster_size: u64) -> Result<bool> {
+    let allocated = file.allocated_bytes()?;
+    Ok(allocated + (allocated / 9).max(2 * cluster_size) < file.size())
+}
+
+fn read_l1(file: &dyn HostFile, offset: u64, entries: u32) -> Result<Arc<[u64]>> {
+    if offset + u64::from(entries) * 8 > file.size().next_multiple_of(512) {
+        return Err(Error::corrupt("the L1 table leaves the file").offset(offset));
+    }
+    Ok(read_words(file, HostOffset(offset), u64::from(entries))?.into())
+}
+
+impl Layer for Qcow2 {
+    fn format(&self) -> Format {
+        Format::Qcow2
+    }
+
+    fn virtual_size(&self) -> u64 {
+        self.virtual_size
+    }
+
+    fn extent_at(&self, at: GuestOffset, length: u64, detail: Detail) -> Result<Extent> {
+        let found = match self.l2_entry(at) {
+            Ok(None) => {
+                let length = self.absent_run(at, length)?;
+                return Ok(Extent { kind: ExtentKind::NotMine, length });
+            }
+            Ok(Some(entry)) => {
+                self.extent_in_cluster(at, length, entry).and_then(|extent| match extent.kind {
+                    ExtentKind::Compressed(_) => Ok(extent),
+                    _ => self.grow(at, length, extent),
+                })
+            }
+            Err(e) => Err(e),
+        };
+        let extent = found.path(self.file.path()).doing(|| format!("looking up guest offset {at:#x}"))?;
+        match (extent.kind, detail) {
+            (ExtentKind::Data(host), Detail::Holes) if self.is_sparse => {
+                self.split_by_holes(host, extent.length)
+            }
+            _ => Ok(extent),
+        }
+    }
+
+    fn read_compressed(&self, place: Compressed, buffer: &mut [u8]) -> Result<()> {
+        let inflate = || {
+            let mut payload = vec![0; place.size as usize];
+            self.file.read_at(place.at, &mut payload)?;
+            let mut cluster = vec![0; self.header().cluster_size() as usize];
+            compressed::inflate(self.compression, &payload, &mut cluster)
+                .map_err(|e| e.path(self.file.path()).offset(place.at.0))?;
+            Ok(cluster.into())
+        };
+        let cluster = self.cache.cluster(self.number, place.at, inflate)?;
+        let skip = place.skip as usize;
+        buffer.copy_from_slice(&cluster[skip..skip + buffer.len()]);
+        Ok(())
+    }
+
+    fn file(&self) -> &Arc<dyn HostFile> {
+        &self.file
+    }
+
+    fn data_file(&self) -> &Arc<dyn HostFile> {
+        &self.data_file
+    }
+
+    fn backing(&self) -> Option<&Reference> {
+        self.preamble.backing.as_ref()
+    }
+
+    fn as_qcow2(&self) -> Option<&Qcow2> {
+        Some(self)
+    }
+}

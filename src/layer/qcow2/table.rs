@@ -1,0 +1,117 @@
+//! Reading tables of 8-byte big-endian entries, and remembering pieces of them in bounded memory.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use quick_cache::Weighter;
+use quick_cache::sync::Cache;
+
+use super::entry::L2Entry;
+use crate::error::Result;
+use crate::file::{HostFile, HostOffset};
+
+/// L2 tables are read and remembered in pieces of at most this many bytes.
+pub const SLICE_BYTES: u64 = 4096;
+
+/// What is remembered is named by the layer (a number of its own) and the host offset.
+type Key = (u64, HostOffset);
+
+/// Pieces of L2 tables and inflated clusters of all the layers that share it, at most so many
+/// bytes of each.
+#[derive(Debug)]
+pub struct TableCache {
+    slices: Cache<Key, Arc<L2Slice>, Bytes>,
+    clusters: Cache<Key, Arc<[u8]>, Bytes>,
+}
+
+#[derive(Clone, Debug)]
+struct Bytes;
+
+impl Weighter<Key, Arc<L2Slice>> for Bytes {
+    fn weight(&self, _: &Key, slice: &Arc<L2Slice>) -> u64 {
+        slice.words.len() as u64 * 8 + 64
+    }
+}
+
+impl Weighter<Key, Arc<[u8]>> for Bytes {
+    fn weight(&self, _: &Key, cluster: &Arc<[u8]>) -> u64 {
+        cluster.len() as u64
+    }
+}
+
+impl TableCache {
+    /// Bytes of L2 tables remembered.
+    const SLICE_BUDGET: u64 = 12 << 20;
+    /// Bytes of inflated clusters remembered: at least a few of the largest, of 2 MiB.
+    const CLUSTER_BUDGET: u64 = 8 << 20;
+
+    /// An empty one.
+    pub fn new() -> Arc<Self> {
+        let slices = (Self::SLICE_BUDGET / SLICE_BYTES) as usize;
+        let clusters = (Self::CLUSTER_BUDGET >> 16) as usize;
+        Arc::new(Self {
+            slices: Cache::with_weighter(slices, Self::SLICE_BUDGET, Bytes),
+            clusters: Cache::with_weighter(clusters, Self::CLUSTER_BUDGET, Bytes),
+        })
+    }
+
+    /// A number that no other layer of the process has.
+    pub fn next_layer_number() -> u64 {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        NEXT.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// The slice at `at`, from memory or from the file.
+    pub fn slice(&self, layer: u64, file: &dyn HostFile, at: HostOffset, bytes: u64) -> Result<Arc<L2Slice>> {
+        self.slices.get_or_insert_with(&(layer, at), || {
+            read_words(file, at, bytes / 8).map(|words| Arc::new(L2Slice { words }))
+        })
+    }
+
+    /// The inflated cluster at `at`, from memory or from `inflate`: once, also when several
+    /// readers ask at the same time.
+    pub fn cluster(
+        &self,
+        layer: u64,
+        at: HostOffset,
+        inflate: impl FnOnce() -> Result<Arc<[u8]>>,
+    ) -> Result<Arc<[u8]>> {
+        self.clusters.get_or_insert_with(&(layer, at), inflate)
+    }
+}
+
+/// A piece of an L2 table.
+#[derive(Debug)]
+pub struct L2Slice {
+    words: Box<[u64]>,
+}
+
+impl L2Slice {
+    /// The entry with that index in the slice; `size` is 8 or 16 bytes.
+    pub fn entry(&self, index: u64, size: u64) -> L2Entry {
+        if size == 8 {
+            L2Entry { word: self.words[index as usize], bitmap: 0 }
+        } else {
+            let at = index as usize * 2;
+            L2Entry { word: self.words[at], bitmap: self.words[at + 1] }
+        }
+    }
+}
+
+/// Reads `count` big-endian 8-byte words.
+pub fn read_words(file: &dyn HostFile, at: HostOffset, count: u64) -> Result<Box<[u64]>> {
+    let mut bytes = vec![0; count as usize * 8];
+    file.read_at(at, &mut bytes)?;
+    Ok(decode_words(&bytes))
+}
+
+/// Big-endian bytes to words; what is left over at the end is ignored.
+pub fn decode_words(bytes: &[u8]) -> Box<[u64]> {
+    let (words, _) = bytes.as_chunks::<8>();
+    words.iter().map(|word| u64::from_be_bytes(*word)).collect()
+}
+
+/// Words to big-endian bytes.
+pub fn encode_words(words: &[u64]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_be_bytes()).collect()
+}
