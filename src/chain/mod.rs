@@ -1,0 +1,148 @@
+//! Chains: the layers of an image, top first, and the bytes that a guest would see of them.
+//!
+//! A chain is a list, never a recursive type: rebase must be able to say that a new backing file
+//! is already in it. Reading is a loop over [`Chain::extent_at`].
+
+mod name;
+mod open;
+
+use std::sync::Arc;
+
+pub use name::{Location, is_inside, resolve};
+pub use open::{Guess, MAX_DEPTH, Opener};
+
+use crate::error::{Context, Result};
+use crate::file::{HostOffset, Identity};
+use crate::layer::{Detail, Extent, ExtentKind, GuestOffset, Layer};
+
+/// The layers of an image, top first. Never changed once made: a rebase makes another chain.
+#[derive(Clone, Debug, Default)]
+pub struct Chain {
+    layers: Arc<[Arc<dyn Layer>]>,
+}
+
+/// Where a run of guest bytes comes from: which layer, and what that layer says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Owned {
+    /// Index of the layer, 0 for the top; `None` where no layer holds the bytes and they are
+    /// zeros.
+    pub depth: Option<usize>,
+    /// What that layer says; never [`ExtentKind::NotMine`] unless `depth` is `None`.
+    pub extent: Extent,
+}
+
+/// What makes bytes the same without reading them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// Zeros.
+    Zero,
+    /// Bytes of this host file from this offset on.
+    Bytes(Identity, HostOffset),
+    /// Inside the compressed cluster at this offset of this host file, so many bytes from the
+    /// beginning of the inflated cluster.
+    Compressed(Identity, HostOffset, u32),
+}
+
+impl Chain {
+    /// The chain of these layers, top first.
+    pub fn new(layers: impl Into<Arc<[Arc<dyn Layer>]>>) -> Self {
+        Self { layers: layers.into() }
+    }
+
+    /// The layers, top first.
+    pub fn layers(&self) -> &[Arc<dyn Layer>] {
+        &self.layers
+    }
+
+    /// The top layer, `None` in the chain of no layers (which reads as zeros).
+    pub fn top(&self) -> Option<&Arc<dyn Layer>> {
+        self.layers.first()
+    }
+
+    /// The chain below the layer at `depth`.
+    #[must_use]
+    pub fn below(&self, depth: usize) -> Self {
+        Self::new(self.layers.get(depth + 1..).unwrap_or_default())
+    }
+
+    /// This chain with `layer` in the place of its top.
+    #[must_use]
+    pub fn under(&self, layer: Arc<dyn Layer>) -> Self {
+        Self::new(std::iter::once(layer).chain(self.layers.iter().cloned()).collect::<Vec<_>>())
+    }
+
+    /// Virtual size of the top layer in bytes, 0 without layers.
+    pub fn virtual_size(&self) -> u64 {
+        self.top().map_or(0, |layer| layer.virtual_size())
+    }
+
+    /// Where the bytes at `at` come from, for at most `length` (≥ 1) bytes; the answer may be
+    /// shorter than what could be said. Beyond the end of a layer there are zeros, which hide
+    /// what the layers below hold there.
+    pub fn extent_at(&self, at: GuestOffset, length: u64, detail: Detail) -> Result<Owned> {
+        let mut length = length;
+        for (depth, layer) in self.layers.iter().enumerate() {
+            let size = layer.virtual_size();
+            if at.0 >= size {
+                // The layer is shorter than the one that asked it.
+                let extent = Extent { kind: ExtentKind::Zero(None), length };
+                return Ok(Owned { depth: Some(depth), extent });
+            }
+            let extent = layer
+                .extent_at(at, length.min(size - at.0), detail)
+                .doing(|| format!("reading layer {depth} of the chain"))?;
+            if extent.kind != ExtentKind::NotMine {
+                return Ok(Owned { depth: Some(depth), extent });
+            }
+            length = extent.length;
+        }
+        let extent = Extent { kind: ExtentKind::NotMine, length };
+        Ok(Owned { depth: None, extent })
+    }
+
+    /// The same question, answered such that equal answers mean equal bytes.
+    pub fn source_at(&self, at: GuestOffset, length: u64, detail: Detail) -> Result<(Source, u64)> {
+        let owned = self.extent_at(at, length, detail)?;
+        let layer = owned.depth.map(|depth| &self.layers[depth]);
+        let source = match (owned.extent.kind, layer) {
+            (ExtentKind::Data(host), Some(layer)) => Source::Bytes(layer.data_file().identity(), host),
+            (ExtentKind::Compressed(place), Some(layer)) => {
+                Source::Compressed(layer.file().identity(), place.at, place.skip)
+            }
+            _ => Source::Zero,
+        };
+        Ok((source, owned.extent.length))
+    }
+
+    /// Fills `buffer` with the guest's bytes from `at` on; zeros beyond the virtual size.
+    pub fn read_at(&self, at: GuestOffset, buffer: &mut [u8]) -> Result<()> {
+        let mut at = at;
+        let mut rest = buffer;
+        while !rest.is_empty() {
+            let owned = self.extent_at(at, rest.len() as u64, Detail::Owner)?;
+            // At most `rest.len()`, as asked.
+            let (now, later) = rest.split_at_mut(owned.extent.length as usize);
+            self.read_extent(owned, now)?;
+            at = at + owned.extent.length;
+            rest = later;
+        }
+        Ok(())
+    }
+
+    fn read_extent(&self, owned: Owned, buffer: &mut [u8]) -> Result<()> {
+        let Some(depth) = owned.depth else {
+            buffer.fill(0);
+            return Ok(());
+        };
+        let layer = &self.layers[depth];
+        let read = match owned.extent.kind {
+            ExtentKind::Data(host) => layer.data_file().read_at(host, buffer),
+            ExtentKind::Compressed(place) => layer.read_compressed(place, buffer),
+            ExtentKind::Zero(_) | ExtentKind::NotMine => {
+                buffer.fill(0);
+                Ok(())
+            }
+        };
+        read.doing(|| format!("reading layer {depth} of the chain"))
+    }
+}
