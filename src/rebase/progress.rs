@@ -1,0 +1,105 @@
+//! How far a rebase has come: written by the engine, read by whoever shows it, and the way to
+//! stop it.
+
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// The step of a rebase that is under way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Phase {
+    /// Opening files, finding out what needs a look.
+    #[default]
+    Plan,
+    /// Comparing old and new backing file, and copying what differs.
+    Copy,
+    /// Making durable what was copied.
+    Commit,
+    /// Letting the header name the new backing file.
+    Swap,
+    /// Over.
+    Done,
+}
+
+impl Phase {
+    /// The word shown in `ctl/status`.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Plan => "plan",
+            Self::Copy => "copy",
+            Self::Commit => "commit",
+            Self::Swap => "swap",
+            Self::Done => "done",
+        }
+    }
+
+    fn from_number(number: u8) -> Self {
+        match number {
+            0 => Self::Plan,
+            1 => Self::Copy,
+            2 => Self::Commit,
+            3 => Self::Swap,
+            _ => Self::Done,
+        }
+    }
+}
+
+/// How far a rebase has come. Shared between the engine's threads and those who watch.
+#[derive(Debug, Default)]
+pub struct Progress {
+    phase: AtomicU8,
+    total: AtomicU64,
+    done: AtomicU64,
+    is_cancelled: AtomicBool,
+}
+
+impl Progress {
+    /// The step that is under way.
+    pub fn phase(&self) -> Phase {
+        Phase::from_number(self.phase.load(Ordering::Relaxed))
+    }
+
+    /// Guest bytes that need a look; 0 until the plan is made.
+    pub fn total(&self) -> u64 {
+        self.total.load(Ordering::Relaxed)
+    }
+
+    /// Guest bytes of these that have been dealt with.
+    pub fn done(&self) -> u64 {
+        self.done.load(Ordering::Relaxed)
+    }
+
+    /// Asks the engine to stop at the next opportunity. After the header swap it has no effect.
+    pub fn cancel(&self) {
+        self.is_cancelled.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether somebody asked to stop.
+    pub fn is_cancelled(&self) -> bool {
+        self.is_cancelled.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn enter(&self, phase: Phase) {
+        self.phase.store(phase as u8, Ordering::Relaxed);
+    }
+
+    pub(super) fn set_total(&self, bytes: u64) {
+        self.total.store(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn advance(&self, bytes: u64) {
+        self.done.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn stop_if_cancelled(&self) -> Result<()> {
+        if !self.is_cancelled() {
+            return Ok(());
+        }
+        let error = Error::new(
+            ErrorKind::Cancelled,
+            "the rebase was stopped; the image still stands on its old backing file",
+        );
+        Err(error.hint("start it again: what was copied already is not copied twice"))
+    }
+}
