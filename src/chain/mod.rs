@@ -43,6 +43,19 @@ pub enum Source {
     Compressed(Identity, HostOffset, u32),
 }
 
+impl Source {
+    /// The source of what lies `bytes` further on in the same extent.
+    #[must_use]
+    pub fn advanced(self, bytes: u64) -> Self {
+        match self {
+            Self::Zero => Self::Zero,
+            Self::Bytes(file, host) => Self::Bytes(file, host + bytes),
+            // An extent of a compressed cluster never leaves the cluster.
+            Self::Compressed(file, at, skip) => Self::Compressed(file, at, skip + bytes as u32),
+        }
+    }
+}
+
 impl Chain {
     /// The chain of these layers, top first.
     pub fn new(layers: impl Into<Arc<[Arc<dyn Layer>]>>) -> Self {

@@ -1,19 +1,36 @@
-//! The rebase engine (skeleton: signatures).
+//! The rebase engine: another backing file for an overlay, and every guest-visible byte as it was.
+//!
+//! The only place that lists the phases and the durability barriers between them:
+//!
+//! ```text
+//! open ─ plan ─ compare + copy ─ barrier ─ swap (its own barrier) ─ reopen
+//! ```
+//!
+//! Knows layers and chains; knows nothing of command lines and mounts. May be stopped anywhere:
+//! what was copied is the overlay's own by then, and the next rebase finds it there.
 
+mod compare;
+mod copy;
+mod plan;
 mod progress;
+
+use std::sync::Arc;
 
 pub use progress::{Phase, Progress};
 
 use crate::chain::{Chain, Opener};
-use crate::error::Result;
-use crate::layer::Reference;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::file::{Access, Lock};
+use crate::layer::qcow2::{Qcow2, Writer};
+use crate::layer::{Format, Layer, Overlay, Reference};
 
 /// Whether the guest-visible bytes are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
     /// Old and new backing file are compared, what differs is copied.
     Safe,
-    /// Only the reference changes (`qemu-img rebase -u`).
+    /// Only the reference changes (`qemu-img rebase -u`): for a backing file that was moved or
+    /// renamed.
     Unsafe,
 }
 
@@ -42,7 +59,7 @@ pub struct Report {
 }
 
 /// Rebases the overlay on top of `chain` (opened for writing) and returns the chain as it is
-/// afterwards, with a fresh top layer. In [`Mode::Unsafe`] the chain may be the top alone.
+/// afterwards, with a fresh top layer. In [`Mode::Unsafe`] both chains may be the top alone.
 /// On an error the image is what it was, apart from clusters that it holds by itself now.
 pub fn rebase(
     chain: &Chain,
@@ -50,6 +67,130 @@ pub fn rebase(
     request: &Request,
     progress: &Progress,
 ) -> Result<(Chain, Report)> {
-    let _ = (chain, opener, request, progress);
-    Err(crate::error::Error::unsupported("rebase is not built yet"))
+    let top = chain.top().ok_or_else(|| Error::invalid("there is no image to rebase"))?;
+    let image = overlay_of(top)?;
+    progress.enter(Phase::Plan);
+    let target = Target::open(top, opener, request)?;
+    let writer = Writer::open(image)?;
+    writer.check_backing(target.backing.as_ref())?;
+
+    let lock = WriteLock::take(top, opener)?;
+    let report = match request.mode {
+        Mode::Safe => copy::copy_differences(&writer, &chain.below(0), &target.chain, progress)?,
+        Mode::Unsafe => Report::default(),
+    };
+    progress.enter(Phase::Swap);
+    writer.set_backing(target.backing.as_ref())?;
+    progress.enter(Phase::Done);
+    drop(lock);
+    Ok((target.chain.under(Arc::new(image.reopen()?)), report))
+}
+
+fn overlay_of(top: &Arc<dyn Layer>) -> Result<&Qcow2> {
+    let file = top.file();
+    let image = top.as_qcow2().ok_or_else(|| {
+        let what =
+            format!("a {} image has no backing file to change; only qcow2 can be rebased", top.format());
+        Error::unsupported(what).path(file.path())
+    })?;
+    match file.access() {
+        Access::ReadWrite => Ok(image),
+        Access::ReadOnly => {
+            let what = "was opened for reading only and cannot be rebased";
+            Err(Error::new(ErrorKind::ReadOnly, what).path(file.path()))
+        }
+    }
+}
+
+/// What the overlay shall stand on.
+struct Target {
+    /// As it goes into the header, with its format.
+    backing: Option<Reference>,
+    /// Opened; in [`Mode::Unsafe`] empty where it could not be.
+    chain: Chain,
+}
+
+impl Target {
+    fn open(top: &Arc<dyn Layer>, opener: &Opener, request: &Request) -> Result<Self> {
+        let Some(backing) = &request.backing else {
+            return Ok(Self { backing: None, chain: Chain::default() });
+        };
+        let opened = opener.backing_chain(top.file().path(), Some(backing));
+        let chain = match (opened, request.mode) {
+            (Ok(chain), _) => chain,
+            // It may not be there yet, or not be ours to read: all that is asked for is its name.
+            (Err(error), Mode::Unsafe) if error.kind() != ErrorKind::Loop && backing.format.is_some() => {
+                log::warn!("{error}: its name is recorded all the same, nothing could be verified");
+                Chain::default()
+            }
+            (Err(error), _) => return Err(error),
+        };
+        refuse_loop(top, &chain, backing)?;
+        let format = match (&backing.format, chain.top()) {
+            (None, Some(layer)) => Some(layer.format().to_string()),
+            (format, _) => format.clone(),
+        };
+        warn_of_header_shown_to_guest(&chain)?;
+        Ok(Self { backing: Some(Reference { format, ..backing.clone() }), chain })
+    }
+}
+
+/// The overlay must not stand on itself.
+fn refuse_loop(top: &Arc<dyn Layer>, chain: &Chain, backing: &Reference) -> Result<()> {
+    let overlay = top.file().identity();
+    match chain.layers().iter().position(|layer| layer.file().identity() == overlay) {
+        None => Ok(()),
+        Some(depth) => {
+            let name = backing.name.display();
+            let what = match depth {
+                0 => format!("'{name}' is the overlay itself"),
+                _ => format!("the chain of '{name}' contains the overlay (as its layer {depth})"),
+            };
+            Err(Error::new(ErrorKind::Loop, what).path(top.file().path()))
+        }
+    }
+}
+
+/// Somebody who calls a qcow2 file raw may mean it, but hardly ever does.
+fn warn_of_header_shown_to_guest(chain: &Chain) -> Result<()> {
+    let Some(layer) = chain.top().filter(|layer| layer.format() == Format::Raw) else { return Ok(()) };
+    match Format::recognise(&**layer.file()) {
+        Ok(Format::Raw) => {}
+        _ => log::warn!(
+            "{}: looks like a disk image, but is taken for raw as asked: the guest will see its header",
+            layer.file().path().display()
+        ),
+    }
+    Ok(())
+}
+
+/// The write lock of the overlay; gives way to the read lock when dropped.
+struct WriteLock<'a>(Option<&'a Arc<dyn Layer>>);
+
+impl<'a> WriteLock<'a> {
+    fn take(top: &'a Arc<dyn Layer>, opener: &Opener) -> Result<Self> {
+        if !opener.takes_locks() {
+            return Ok(Self(None));
+        }
+        let lock = Self(Some(top));
+        lock.set(Lock::Write).doing(|| "locking the overlay for writing".to_owned())?;
+        Ok(lock)
+    }
+
+    fn set(&self, lock: Lock) -> Result<()> {
+        let Some(top) = self.0 else { return Ok(()) };
+        top.file().lock(lock)?;
+        match top.data_file().identity() == top.file().identity() {
+            true => Ok(()),
+            false => top.data_file().lock(lock),
+        }
+    }
+}
+
+impl Drop for WriteLock<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.set(Lock::Read) {
+            log::warn!("{error}");
+        }
+    }
 }

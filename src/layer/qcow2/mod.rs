@@ -15,8 +15,14 @@ pub mod compressed;
 pub mod entry;
 pub mod extension;
 pub mod header;
+pub mod refcount;
 pub mod snapshot;
+pub mod staged;
+mod swap;
 pub mod table;
+mod update;
+
+pub use update::Writer;
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -137,6 +143,13 @@ impl Qcow2 {
             l1,
             preamble: Arc::new(preamble),
         })
+    }
+
+    /// The same image as it is in the file now.
+    pub fn reopen(&self) -> Result<Self> {
+        let data_file = self.preamble.header.has_data_file().then(|| self.data_file.clone());
+        let preamble = Preamble::read(&*self.file)?;
+        Self::open(self.file.clone(), data_file, preamble, self.cache.clone())
     }
 
     /// The header's fields.

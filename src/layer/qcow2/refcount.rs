@@ -1,0 +1,341 @@
+//! Refcounts: reading, counting, and growing the structures that hold them.
+//!
+//! Owns the refcount table and the blocks that were touched. What is written when, and what must
+//! be durable before what, is `update`'s business; this module only says what is dirty. Facts from
+//! the qcow2 specification, *Host cluster management*.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::header::{Header, field};
+use super::table::{encode_words, read_words};
+use crate::error::{Error, ErrorKind, Result};
+use crate::file::{HostFile, HostOffset};
+
+/// Bytes of clean blocks that are kept in memory.
+const CLEAN_BUDGET: usize = 8 << 20;
+/// The largest refcount table that QEMU opens.
+const MAX_TABLE_BYTES: u64 = 8 << 20;
+/// Bits of a refcount table entry that hold the offset of a block.
+const BLOCK_OFFSET: u64 = !0x1ff;
+
+/// The refcount with this index in a block of refcounts 2^`order` bits wide.
+pub fn read_refcount(block: &[u8], order: u32, index: u64) -> u64 {
+    let index = index as usize;
+    if order < 3 {
+        // Narrower than a byte: the first in the least significant bits.
+        let width = 1 << order;
+        let bit = index * width;
+        return u64::from(block[bit / 8] >> (bit % 8)) & ((1 << width) - 1);
+    }
+    let bytes = 1 << (order - 3);
+    block[index * bytes..][..bytes].iter().fold(0, |value, byte| value << 8 | u64::from(*byte))
+}
+
+/// Stores a refcount; `value` fits into 2^`order` bits.
+pub fn write_refcount(block: &mut [u8], order: u32, index: u64, value: u64) {
+    let index = index as usize;
+    if order < 3 {
+        let width = 1 << order;
+        let bit = index * width;
+        let mask = ((1u8 << width) - 1) << (bit % 8);
+        let byte = &mut block[bit / 8];
+        *byte = *byte & !mask | (value as u8) << (bit % 8) & mask;
+    } else {
+        let bytes = 1 << (order - 3);
+        block[index * bytes..][..bytes].copy_from_slice(&value.to_be_bytes()[8 - bytes..]);
+    }
+}
+
+/// The largest refcount of 2^`order` bits.
+pub fn max_refcount(order: u32) -> u64 {
+    if order == 6 { u64::MAX } else { (1 << (1 << order)) - 1 }
+}
+
+/// A refcount block in memory.
+#[derive(Debug)]
+struct Block {
+    at: HostOffset,
+    bytes: Vec<u8>,
+    is_dirty: bool,
+}
+
+/// Something to be written at a place.
+pub type Write = (HostOffset, Vec<u8>);
+
+/// The refcounts of an image that is being written.
+#[derive(Debug)]
+pub struct Refcounts {
+    file: Arc<dyn HostFile>,
+    cluster_bits: u32,
+    order: u32,
+    table_at: HostOffset,
+    table: Vec<u64>,
+    /// Loaded blocks by their index in the table.
+    blocks: BTreeMap<u64, Block>,
+    /// Entries of the table that are not yet in the file.
+    new_entries: Vec<u64>,
+    /// The table as it lies in the file, if it has moved in memory only: offset and clusters.
+    moved_from: Option<(HostOffset, u64)>,
+    /// No cluster below this one is free.
+    first_free: u64,
+}
+
+impl Refcounts {
+    /// Reads the table; blocks are read when they are needed.
+    pub fn read(file: Arc<dyn HostFile>, header: &Header) -> Result<Self> {
+        let table_at = HostOffset(header.refcount_table_offset);
+        let entries = (u64::from(header.refcount_table_clusters) << header.cluster_bits) / 8;
+        let table = read_words(&*file, table_at, entries)?.into_vec();
+        Ok(Self {
+            file,
+            cluster_bits: header.cluster_bits,
+            order: header.refcount_order,
+            table_at,
+            table,
+            blocks: BTreeMap::new(),
+            new_entries: Vec::new(),
+            moved_from: None,
+            first_free: 0,
+        })
+    }
+
+    /// The largest count that can be stored.
+    pub fn max(&self) -> u64 {
+        max_refcount(self.order)
+    }
+
+    /// The refcount of the cluster at a host offset.
+    pub fn of(&mut self, at: HostOffset) -> Result<u64> {
+        self.count(at.0 >> self.cluster_bits)
+    }
+
+    /// Takes up to `wanted` (≥ 1) free clusters that follow each other, the first ones there are,
+    /// and gives each the refcount `count`.
+    pub fn allocate(&mut self, wanted: u64, count: u64) -> Result<(HostOffset, u64)> {
+        let mut start = self.first_free;
+        while self.count(start)? != 0 {
+            start += 1;
+        }
+        self.first_free = start;
+        let mut taken = 0;
+        while taken < wanted && self.count(start + taken)? == 0 {
+            if !self.is_covered(start + taken) {
+                if taken > 0 {
+                    break;
+                }
+                self.cover(start)?;
+                // Growing took the first free clusters for itself.
+                return self.allocate(wanted, count);
+            }
+            self.set(start + taken, count)?;
+            taken += 1;
+        }
+        self.first_free = start + taken;
+        Ok((HostOffset(start << self.cluster_bits), taken))
+    }
+
+    /// Lowers the refcount of the clusters at `at` by `count`. To be called only once no durable
+    /// pointer needs them any more (invariants I2 and I4), or if none ever pointed to them.
+    pub fn release(&mut self, at: HostOffset, clusters: u64, count: u64) -> Result<()> {
+        let first = at.0 >> self.cluster_bits;
+        for cluster in first..first + clusters {
+            let before = self.count(cluster)?;
+            let after = before.checked_sub(count).ok_or_else(|| {
+                Error::corrupt("the refcount of a cluster in use is too low")
+                    .path(self.file.path())
+                    .offset(cluster << self.cluster_bits)
+            })?;
+            self.set(cluster, after)?;
+            if after == 0 {
+                self.first_free = self.first_free.min(cluster);
+            }
+        }
+        Ok(())
+    }
+
+    /// What must be durable before [`take_links`](Self::take_links) is written: blocks, and a
+    /// table that has moved.
+    pub fn take_dirty(&mut self) -> Vec<Write> {
+        let mut writes: Vec<Write> = Vec::new();
+        for block in self.blocks.values_mut().filter(|block| block.is_dirty) {
+            writes.push((block.at, block.bytes.clone()));
+            block.is_dirty = false;
+        }
+        if self.moved_from.is_some() {
+            writes.push((self.table_at, encode_words(&self.table)));
+        }
+        writes
+    }
+
+    /// The pointers to what is new: table entries, or the header's pointer to a table that has
+    /// moved. Empty where nothing grew. The old table may be released once these are durable; it
+    /// is handed over as offset and clusters.
+    pub fn take_links(&mut self) -> (Vec<Write>, Option<(HostOffset, u64)>) {
+        let entries = std::mem::take(&mut self.new_entries);
+        if let Some(old) = self.moved_from.take() {
+            let clusters = (self.table.len() as u64 * 8) >> self.cluster_bits;
+            let mut pointer = self.table_at.0.to_be_bytes().to_vec();
+            // At most MAX_TABLE_BYTES.
+            pointer.extend((clusters as u32).to_be_bytes());
+            return (vec![(HostOffset(field::REFCOUNT_TABLE), pointer)], Some(old));
+        }
+        let entry = |index: u64| {
+            let bytes = self.table[index as usize].to_be_bytes().to_vec();
+            (self.table_at + index * 8, bytes)
+        };
+        (entries.into_iter().map(entry).collect(), None)
+    }
+
+    /// Bytes of memory that wait to be written.
+    pub fn dirty_bytes(&self) -> usize {
+        self.blocks.values().filter(|block| block.is_dirty).map(|block| block.bytes.len()).sum()
+    }
+
+    fn per_block(&self) -> u64 {
+        (8 << self.cluster_bits) >> self.order
+    }
+
+    fn is_covered(&self, cluster: u64) -> bool {
+        self.block_offset(cluster / self.per_block()) != 0
+    }
+
+    fn block_offset(&self, index: u64) -> u64 {
+        self.table.get(index as usize).map_or(0, |entry| entry & BLOCK_OFFSET)
+    }
+
+    fn count(&mut self, cluster: u64) -> Result<u64> {
+        if !self.is_covered(cluster) {
+            return Ok(0);
+        }
+        let (order, index) = (self.order, cluster % self.per_block());
+        Ok(read_refcount(&self.block(cluster / self.per_block())?.bytes, order, index))
+    }
+
+    fn set(&mut self, cluster: u64, count: u64) -> Result<()> {
+        let (order, index) = (self.order, cluster % self.per_block());
+        let block = self.block(cluster / self.per_block())?;
+        write_refcount(&mut block.bytes, order, index, count);
+        block.is_dirty = true;
+        Ok(())
+    }
+
+    /// The block with this index, which exists.
+    fn block(&mut self, index: u64) -> Result<&mut Block> {
+        if !self.blocks.contains_key(&index) {
+            self.forget_clean_blocks();
+            let block = self.load(index)?;
+            self.blocks.insert(index, block);
+        }
+        Ok(self.blocks.get_mut(&index).expect("it was there, or has just been inserted"))
+    }
+
+    fn load(&self, index: u64) -> Result<Block> {
+        let at = self.block_offset(index);
+        let size = 1u64 << self.cluster_bits;
+        if !at.is_multiple_of(size) || at >= self.file.size() {
+            let what = format!("refcount block {index} is not aligned or lies past the end of the file");
+            return Err(Error::corrupt(what).path(self.file.path()).offset(at));
+        }
+        let mut bytes = vec![0; size as usize];
+        self.file.read_at(HostOffset(at), &mut bytes)?;
+        Ok(Block { at: HostOffset(at), bytes, is_dirty: false })
+    }
+
+    fn forget_clean_blocks(&mut self) {
+        if self.blocks.len() << self.cluster_bits > CLEAN_BUDGET {
+            self.blocks.retain(|_, block| block.is_dirty);
+        }
+    }
+
+    /// Makes a block for `cluster`, which is free, as all are that this block stands for: the
+    /// block takes that very cluster for itself.
+    fn cover(&mut self, cluster: u64) -> Result<()> {
+        let index = cluster / self.per_block();
+        if index >= self.table.len() as u64 {
+            return self.move_table(cluster);
+        }
+        self.insert_block(index, cluster)?;
+        self.new_entries.push(index);
+        self.set(cluster, 1)
+    }
+
+    fn insert_block(&mut self, index: u64, cluster: u64) -> Result<()> {
+        let at = cluster << self.cluster_bits;
+        let entry = self.table.get_mut(index as usize);
+        let entry = entry.ok_or_else(|| Error::invalid("a refcount block outside of the refcount table"))?;
+        *entry = at;
+        let bytes = vec![0; 1 << self.cluster_bits];
+        self.blocks.insert(index, Block { at: HostOffset(at), bytes, is_dirty: true });
+        Ok(())
+    }
+
+    /// Lays out a larger table, and the blocks that count it and themselves, from `start` on,
+    /// where everything is free and nothing is covered.
+    fn move_table(&mut self, start: u64) -> Result<()> {
+        let per_block = self.per_block();
+        let first_index = start / per_block;
+        let (blocks, table_clusters) = self.layout_of_growth(start);
+        if table_clusters << self.cluster_bits > MAX_TABLE_BYTES {
+            let what =
+                "the refcount table cannot grow any further: the file is too large for its cluster size";
+            return Err(Error::new(ErrorKind::NoSpace, what).path(self.file.path()));
+        }
+        if self.moved_from.is_none() {
+            let old_clusters = (self.table.len() as u64 * 8) >> self.cluster_bits;
+            self.moved_from = Some((self.table_at, old_clusters));
+        } else {
+            // Moved twice before it was written: nobody will ever point to the place in between.
+            let clusters = (self.table.len() as u64 * 8) >> self.cluster_bits;
+            self.release(self.table_at, clusters, 1)?;
+        }
+        self.table.resize(((table_clusters << self.cluster_bits) / 8) as usize, 0);
+        self.table_at = HostOffset((start + blocks) << self.cluster_bits);
+        for number in 0..blocks {
+            self.insert_block(first_index + number, start + number)?;
+        }
+        (start..start + blocks + table_clusters).try_for_each(|cluster| self.set(cluster, 1))
+    }
+
+    /// How many blocks and clusters of table are needed from `start` on, so that the blocks count
+    /// all of them. The table gets half as much again, so that it does not move often.
+    fn layout_of_growth(&self, start: u64) -> (u64, u64) {
+        let per_block = self.per_block();
+        let entries_per_cluster = (1u64 << self.cluster_bits) / 8;
+        let mut blocks = 1;
+        loop {
+            let entries = (start / per_block + blocks).max(self.table.len() as u64 * 3 / 2);
+            let table_clusters = entries.div_ceil(entries_per_cluster);
+            let last = start + blocks + table_clusters - 1;
+            let needed = last / per_block - start / per_block + 1;
+            if needed <= blocks {
+                return (blocks, table_clusters);
+            }
+            blocks = needed;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refcounts_of_every_width_are_stored_side_by_side() {
+        for order in 0..=6 {
+            let mut block = vec![0; 64];
+            let count = 512 >> order;
+            let value = |i: u64| (i * 0x9e37_79b9_7f4a_7c15) & max_refcount(order);
+            (0..count).for_each(|i| write_refcount(&mut block, order, i, value(i)));
+            (0..count).for_each(|i| assert_eq!(read_refcount(&block, order, i), value(i), "order {order}"));
+        }
+    }
+
+    #[test]
+    fn narrow_refcounts_start_at_the_least_significant_bit() {
+        let mut block = [0; 2];
+        write_refcount(&mut block, 0, 1, 1);
+        write_refcount(&mut block, 2, 3, 0xa);
+        assert_eq!(block, [0b10, 0xa0]);
+    }
+}

@@ -1,0 +1,504 @@
+//! Writing an overlay: new clusters for what it did not hold, in the order of invariants I2 and I3.
+//!
+//! Owns the order of writes. Data goes to its place at once; refcounts, L2 and L1 tables change in
+//! memory and reach the file in [`commit`](Overlay::commit): first what nothing points to yet, then
+//! a barrier, then the pointers. So a cut at any point leaves leaked clusters at most.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::entry::{COPIED, Cluster, L2Entry, SUBCLUSTERS, ZERO};
+use super::header::{Header, autoclear, field, incompatible};
+use super::refcount::{Refcounts, Write};
+use super::staged::{Staged, View};
+use super::swap;
+use super::{Preamble, Qcow2};
+use crate::error::{Context, Error, Result};
+use crate::file::{HostFile, HostOffset};
+use crate::layer::{Content, Detail, ExtentKind, Filled, GuestOffset, Layer, Missing, Overlay, Reference};
+
+/// Metadata that waits in memory is written when it reaches so many bytes.
+const STAGED_BUDGET: usize = 8 << 20;
+
+/// A qcow2 image that is being written: the active disk and all internal snapshots at once.
+#[derive(Debug)]
+pub struct Writer {
+    file: Arc<dyn HostFile>,
+    data_file: Arc<dyn HostFile>,
+    preamble: Preamble,
+    /// The active disk first.
+    views: Vec<Qcow2>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    refcounts: Refcounts,
+    staged: Staged,
+    /// Clusters to be released when what is staged is durable: offset, clusters, count.
+    to_release: Vec<(HostOffset, u64, u64)>,
+    /// A commit is under way, or has failed: what of it is durable is not known then, and nothing
+    /// may be built on it.
+    is_committing: bool,
+}
+
+/// One host cluster that gets content, and the L2 entries that will point to it.
+#[derive(Debug)]
+struct Placement {
+    /// The guest cluster.
+    at: GuestOffset,
+    /// The host cluster.
+    host: HostOffset,
+    /// Bit n: subcluster n gets content.
+    subclusters: u32,
+    /// The entry that all of `tables` have now, and the one that they will have.
+    before: L2Entry,
+    after: L2Entry,
+    tables: Vec<HostOffset>,
+    /// How many L1 tables lead to the cluster in all.
+    owners: u64,
+    origin: Origin,
+}
+
+/// Where the host cluster of a [`Placement`] comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Origin {
+    /// It was the entry's already; some of its subclusters were not in use.
+    InPlace,
+    /// It was free.
+    Fresh,
+    /// It was free, and takes over the subclusters that this one, shared with others, holds.
+    CopyOf(HostOffset),
+    /// It is a part of an external data file, where clusters are not counted.
+    External,
+}
+
+/// L2 tables that have the same entry for a guest cluster, and how many L1 tables lead there.
+struct Group {
+    entry: L2Entry,
+    tables: Vec<HostOffset>,
+    owners: u64,
+}
+
+impl Writer {
+    /// Takes an image, opened for writing, as overlay. Refuses what must not be written.
+    pub fn open(image: &Qcow2) -> Result<Self> {
+        let preamble = image.preamble().clone();
+        refuse_unsafe_state(&preamble.header).path(image.file().path())?;
+        let mut views = vec![image.clone()];
+        let mut tables = vec![view(HostOffset(preamble.header.l1_offset), image)];
+        for snapshot in image.snapshots()? {
+            let at_snapshot = image.at_snapshot(&snapshot)?;
+            tables.push(view(HostOffset(snapshot.l1_offset), &at_snapshot));
+            views.push(at_snapshot);
+        }
+        let file = image.file().clone();
+        let state = State {
+            refcounts: Refcounts::read(file.clone(), &preamble.header)?,
+            staged: Staged::new(file.clone(), preamble.header.clone(), tables),
+            to_release: Vec::new(),
+            is_committing: false,
+        };
+        Ok(Self { data_file: image.data_file().clone(), file, preamble, views, state: Mutex::new(state) })
+    }
+
+    fn header(&self) -> &Header {
+        &self.preamble.header
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Bit n: subcluster n of the cluster at `cluster` lies in `[start, end)`.
+    fn subclusters_in(&self, cluster: u64, start: u64, end: u64) -> u32 {
+        let size = self.header().cluster_size() / u64::from(SUBCLUSTERS);
+        let first = start.saturating_sub(cluster) / size;
+        let end = ((end - cluster) / size).min(u64::from(SUBCLUSTERS));
+        (first..end).fold(0, |bits, n| bits | 1 << n)
+    }
+
+    /// Stages zeros for the cluster at `at`; returns which subclusters anybody was missing.
+    fn zero_cluster(&self, state: &mut State, at: GuestOffset, wanted: u32) -> Result<u32> {
+        let mut zeroed = 0;
+        for group in self.groups(state, at, wanted)? {
+            let missing = self.missing_in(group.entry, wanted)?;
+            zeroed |= missing;
+            let entry = if self.header().has_subclusters() {
+                L2Entry { bitmap: group.entry.bitmap | u64::from(missing) << 32, ..group.entry }
+            } else {
+                L2Entry { word: group.entry.word | ZERO, ..group.entry }
+            };
+            group.tables.iter().try_for_each(|table| state.staged.set_entry(*table, at, entry))?;
+        }
+        Ok(zeroed)
+    }
+
+    /// Finds host clusters for the cluster at `at`, one for each different L2 entry.
+    fn place_cluster(&self, state: &mut State, at: GuestOffset, wanted: u32) -> Result<Vec<Placement>> {
+        let groups = self.groups(state, at, wanted)?;
+        groups.into_iter().map(|group| self.place_group(state, at, wanted, group)).collect()
+    }
+
+    fn place_group(
+        &self,
+        state: &mut State,
+        at: GuestOffset,
+        wanted: u32,
+        group: Group,
+    ) -> Result<Placement> {
+        let Group { entry: before, tables, owners } = group;
+        let subclusters = self.missing_in(before, wanted)?;
+        let present = match before.decode(self.header())? {
+            Cluster::Standard(cluster) => cluster.host,
+            Cluster::Compressed { .. } => None,
+        };
+        let (host, origin) = match present {
+            _ if self.header().has_data_file() => (HostOffset(at.0), Origin::External),
+            Some(host) if state.refcounts.of(host)? == owners => (host, Origin::InPlace),
+            Some(host) => (state.refcounts.allocate(1, owners)?.0, Origin::CopyOf(host)),
+            None => (state.refcounts.allocate(1, owners)?.0, Origin::Fresh),
+        };
+        let copied = if owners == 1 || origin == Origin::External { COPIED } else { 0 };
+        let word = if origin == Origin::InPlace { before.word } else { host.0 | copied };
+        let bitmap = match self.header().has_subclusters() {
+            true => before.bitmap | u64::from(subclusters),
+            false => 0,
+        };
+        let after = L2Entry { word, bitmap };
+        Ok(Placement { at, host, subclusters, before, after, tables, owners, origin })
+    }
+
+    /// The L2 tables in which something of `wanted` is missing, grouped by the entry they have.
+    /// L2 tables that are missing altogether are made.
+    fn groups(&self, state: &mut State, at: GuestOffset, wanted: u32) -> Result<Vec<Group>> {
+        let mut groups: Vec<Group> = Vec::new();
+        for shared in state.staged.tables_at(at)? {
+            let owners = shared.views.len() as u64;
+            let table = match shared.table {
+                Some(table) => table,
+                None => state.new_table(&shared.views, at)?,
+            };
+            let entry = state.staged.entry(table, at)?;
+            if self.missing_in(entry, wanted)? == 0 {
+                continue;
+            }
+            self.refuse_foreign_owners(state, table, owners)?;
+            let max = state.refcounts.max();
+            match groups.iter_mut().find(|group| group.entry == entry && group.owners + owners <= max) {
+                Some(group) => {
+                    group.tables.push(table);
+                    group.owners += owners;
+                }
+                None => groups.push(Group { entry, tables: vec![table], owners }),
+            }
+        }
+        Ok(groups)
+    }
+
+    /// Which of the `wanted` subclusters an entry leaves to the backing file.
+    fn missing_in(&self, entry: L2Entry, wanted: u32) -> Result<u32> {
+        match entry.decode(self.header()).path(self.file.path())? {
+            Cluster::Compressed { .. } => Ok(0),
+            Cluster::Standard(cluster) => Ok(cluster.unallocated() & wanted),
+        }
+    }
+
+    /// An L2 table with more references than we know of must not be changed in place.
+    fn refuse_foreign_owners(&self, state: &mut State, table: HostOffset, owners: u64) -> Result<()> {
+        let count = state.refcounts.of(table)?;
+        if count == owners {
+            return Ok(());
+        }
+        let what = format!("an L2 table is used {owners} times, but its refcount is {count}");
+        Err(Error::corrupt(what)
+            .path(self.file.path())
+            .offset(table.0)
+            .hint("repair the image with `qemu-img check -r all` first"))
+    }
+
+    /// Writes the content of a fill to its placements: neighbours in one go.
+    fn write_data(&self, start: GuestOffset, bytes: &[u8], placements: &[Placement]) -> Result<()> {
+        let size = self.header().cluster_size() / u64::from(SUBCLUSTERS);
+        let mut pending: Option<(HostOffset, usize, usize)> = None;
+        for placement in placements {
+            if let Origin::CopyOf(old) = placement.origin {
+                self.take_over(placement, old)?;
+            }
+            for (first, count) in runs(placement.subclusters) {
+                let within = u64::from(first) * size;
+                let host = placement.host + within;
+                let from = (placement.at.0 + within - start.0) as usize;
+                let length = (u64::from(count) * size) as usize;
+                pending = match pending {
+                    Some((at, a, b)) if at + (b - a) as u64 == host && b == from => Some((at, a, b + length)),
+                    Some((at, a, b)) => {
+                        self.data_file.write_at(at, &bytes[a..b])?;
+                        Some((host, from, from + length))
+                    }
+                    None => Some((host, from, from + length)),
+                };
+            }
+        }
+        match pending {
+            Some((at, a, b)) => self.data_file.write_at(at, &bytes[a..b]),
+            None => Ok(()),
+        }
+    }
+
+    /// Copies the subclusters that a shared cluster holds to its successor.
+    fn take_over(&self, placement: &Placement, old: HostOffset) -> Result<()> {
+        let Cluster::Standard(cluster) = placement.before.decode(self.header())? else { return Ok(()) };
+        let size = self.header().cluster_size() / u64::from(SUBCLUSTERS);
+        for (first, count) in runs(cluster.allocated) {
+            let within = u64::from(first) * size;
+            let mut bytes = vec![0; (u64::from(count) * size) as usize];
+            self.data_file.read_at(old + within, &mut bytes)?;
+            self.data_file.write_at(placement.host + within, &bytes)?;
+        }
+        Ok(())
+    }
+
+    fn fill_zero(&self, at: GuestOffset, length: u64) -> Result<Filled> {
+        let state = &mut *self.state();
+        let mut zeroed = 0;
+        for (cluster, wanted) in self.clusters(at, length) {
+            zeroed += self.bytes_of(self.zero_cluster(state, cluster, wanted)?);
+        }
+        self.commit_if_large(state)?;
+        Ok(Filled { copied: 0, zeroed })
+    }
+
+    fn fill_data(&self, at: GuestOffset, bytes: &[u8]) -> Result<Filled> {
+        let mut placements = Vec::new();
+        let placed = {
+            let state = &mut *self.state();
+            self.clusters(at, bytes.len() as u64).try_for_each(|(cluster, wanted)| {
+                placements.extend(self.place_cluster(state, cluster, wanted)?);
+                Ok(())
+            })
+        };
+        let written = placed.and_then(|()| self.write_data(at, bytes, &placements));
+        let state = &mut *self.state();
+        if let Err(error) = written {
+            placements.iter().try_for_each(|placement| state.undo(placement))?;
+            return Err(error);
+        }
+        let mut copied = 0;
+        let mut last = None;
+        for placement in &placements {
+            state.stage(placement)?;
+            // Several placements of one guest cluster are one copy to the guest.
+            if last != Some(placement.at) {
+                copied += self.bytes_of(placement.subclusters);
+            }
+            last = Some(placement.at);
+        }
+        self.commit_if_large(state)?;
+        Ok(Filled { copied, zeroed: 0 })
+    }
+
+    /// The clusters that `[at, at + length)` touches, with the subclusters that lie in it.
+    fn clusters(&self, at: GuestOffset, length: u64) -> impl Iterator<Item = (GuestOffset, u32)> {
+        let size = self.header().cluster_size();
+        let end = at.0 + length;
+        (at.0 / size * size..end)
+            .step_by(size as usize)
+            .map(move |cluster| (GuestOffset(cluster), self.subclusters_in(cluster, at.0, end)))
+    }
+
+    fn bytes_of(&self, subclusters: u32) -> u64 {
+        u64::from(subclusters.count_ones()) * (self.header().cluster_size() / u64::from(SUBCLUSTERS))
+    }
+
+    fn commit_if_large(&self, state: &mut State) -> Result<()> {
+        match state.staged.bytes() + state.refcounts.dirty_bytes() > STAGED_BUDGET {
+            true => self.commit_state(state),
+            false => Ok(()),
+        }
+    }
+
+    fn commit_state(&self, state: &mut State) -> Result<()> {
+        if std::mem::replace(&mut state.is_committing, true) {
+            return Err(Error::invalid("an earlier write to the image failed; nothing more is written"));
+        }
+        self.clear_unknown_autoclear_bits()?;
+        self.write_in_order(state)?;
+        state.is_committing = false;
+        Ok(())
+    }
+
+    /// The one place that orders metadata writes.
+    fn write_in_order(&self, state: &mut State) -> Result<()> {
+        // 1. What nothing points to yet; and counts that can only leak.
+        self.write_all(state.refcounts.take_dirty())?;
+        self.write_all(state.staged.take_new_tables())?;
+        self.sync()?;
+        // 2. The pointers to new refcount blocks or a new refcount table: from here on the counts
+        //    of all that we allocated are durable.
+        let (links, old_table) = state.refcounts.take_links();
+        if !links.is_empty() {
+            self.write_all(links)?;
+            self.file.sync()?;
+        }
+        // 3. The pointers that let guest offsets lead to the new clusters.
+        let links = state.staged.take_links();
+        if !links.is_empty() {
+            self.write_all(links)?;
+            self.file.sync()?;
+        }
+        // 4. What no durable pointer needs any more.
+        let old_table = old_table.map(|(at, clusters)| (at, clusters, 1));
+        for (at, clusters, count) in state.to_release.drain(..).chain(old_table) {
+            state.refcounts.release(at, clusters, count)?;
+        }
+        self.write_all(state.refcounts.take_dirty())
+    }
+
+    fn write_all(&self, writes: Vec<Write>) -> Result<()> {
+        writes.into_iter().try_for_each(|(at, bytes)| self.file.write_at(at, &bytes))
+    }
+
+    fn sync(&self) -> Result<()> {
+        if self.header().has_data_file() {
+            self.data_file.sync()?;
+        }
+        self.file.sync()
+    }
+
+    /// A writer clears the autoclear bits that it does not know (qcow2 specification, *Header*).
+    fn clear_unknown_autoclear_bits(&self) -> Result<()> {
+        let known = self.header().autoclear & autoclear::KNOWN;
+        if self.header().autoclear == known {
+            return Ok(());
+        }
+        self.file.write_at(HostOffset(field::AUTOCLEAR as u64), &known.to_be_bytes())?;
+        self.file.sync()
+    }
+}
+
+impl State {
+    fn new_table(&mut self, views: &[usize], at: GuestOffset) -> Result<HostOffset> {
+        let (table, _) = self.refcounts.allocate(1, views.len() as u64)?;
+        self.staged.link(views, at, table);
+        Ok(table)
+    }
+
+    /// Lets the L2 entries of a placement lead to its content, which has been written.
+    fn stage(&mut self, placement: &Placement) -> Result<()> {
+        for &table in &placement.tables {
+            self.staged.set_entry(table, placement.at, placement.after)?;
+        }
+        if let Origin::CopyOf(old) = placement.origin {
+            self.to_release.push((old, 1, placement.owners));
+        }
+        Ok(())
+    }
+
+    /// Gives back what was allocated for a placement that failed.
+    fn undo(&mut self, placement: &Placement) -> Result<()> {
+        match placement.origin {
+            Origin::Fresh | Origin::CopyOf(_) => self.refcounts.release(placement.host, 1, placement.owners),
+            Origin::InPlace | Origin::External => Ok(()),
+        }
+    }
+}
+
+impl Overlay for Writer {
+    fn unit(&self) -> u64 {
+        let header = self.header();
+        if header.has_subclusters() {
+            header.cluster_size() / u64::from(SUBCLUSTERS)
+        } else {
+            header.cluster_size()
+        }
+    }
+
+    fn end(&self) -> u64 {
+        self.views.iter().map(Layer::virtual_size).max().unwrap_or(0)
+    }
+
+    fn missing_at(&self, at: GuestOffset, length: u64) -> Result<Missing> {
+        let mut answer = Missing { is_missing: false, length };
+        for view in self.views.iter().filter(|view| at.0 < view.virtual_size()) {
+            let limit = answer.length.min(view.virtual_size() - at.0);
+            let extent = view.extent_at(at, limit, Detail::Owner)?;
+            answer.is_missing |= extent.kind == ExtentKind::NotMine;
+            answer.length = extent.length;
+        }
+        Ok(answer)
+    }
+
+    fn fill(&self, at: GuestOffset, content: Content<'_>) -> Result<Filled> {
+        let filled = match content {
+            Content::Data(bytes) => self.fill_data(at, bytes),
+            // Version 2 has no zero clusters.
+            Content::Zero(length) if self.header().version < 3 => {
+                self.fill_data(at, &vec![0; length as usize])
+            }
+            Content::Zero(length) => self.fill_zero(at, length),
+        };
+        filled.path(self.file.path())
+    }
+
+    fn commit(&self) -> Result<()> {
+        self.commit_state(&mut self.state())
+    }
+
+    fn check_backing(&self, backing: Option<&Reference>) -> Result<()> {
+        let header = self.header();
+        if backing.is_some() && header.autoclear & autoclear::DATA_FILE_RAW != 0 {
+            let what = "its external data file is a raw image by itself, which rules out a backing file";
+            return Err(Error::unsupported(what).path(self.file.path()));
+        }
+        swap::check(&*self.file, backing)
+    }
+
+    fn set_backing(&self, backing: Option<&Reference>) -> Result<()> {
+        self.check_backing(backing)?;
+        swap::swap(&*self.file, backing)
+    }
+}
+
+fn view(l1_at: HostOffset, image: &Qcow2) -> View {
+    View { l1_at, l1: image.l1().to_vec(), size: image.virtual_size() }
+}
+
+fn refuse_unsafe_state(header: &Header) -> Result<()> {
+    if header.incompatible & incompatible::CORRUPT != 0 {
+        let what = "the image is marked as corrupt and must not be written";
+        return Err(Error::corrupt(what).hint("repair it with `qemu-img check -r all` first"));
+    }
+    if header.incompatible & incompatible::DIRTY != 0 {
+        let what = "the image was not closed properly: its refcounts may be wrong";
+        return Err(Error::corrupt(what).hint("repair it with `qemu-img check -r all` first"));
+    }
+    Ok(())
+}
+
+/// The runs of set bits: first bit and count.
+fn runs(bits: u32) -> impl Iterator<Item = (u32, u32)> {
+    let mut next = 0;
+    std::iter::from_fn(move || {
+        let rest = bits.checked_shr(next)?;
+        if rest == 0 {
+            return None;
+        }
+        let first = next + rest.trailing_zeros();
+        let count = (bits >> first).trailing_ones();
+        next = first + count;
+        Some((first, count))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::runs;
+
+    #[test]
+    fn runs_of_bits() {
+        let all = |bits| runs(bits).collect::<Vec<_>>();
+        assert_eq!(all(0), []);
+        assert_eq!(all(u32::MAX), [(0, 32)]);
+        assert_eq!(all(0b1000_0000_0000_0000_0000_0000_0110_1001), [(0, 1), (3, 1), (5, 2), (31, 1)]);
+    }
+}
