@@ -9,15 +9,26 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::layer::Reference;
+use crate::layer::{Format, Reference};
 
 /// Where a reference leads.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Location {
     /// The file.
     pub path: PathBuf,
+    /// The file if QEMU is right, which reads some relative names from the current directory and
+    /// not from that of the image; `None` where both rules agree.
+    pub from_current_directory: Option<PathBuf>,
     /// The format, where the reference says so.
     pub format: Option<String>,
+}
+
+impl Location {
+    /// The file that a person named.
+    pub fn typed(path: &Path, format: Option<Format>) -> Self {
+        let format = format.map(|format| format.to_string());
+        Self { path: path.to_owned(), from_current_directory: None, format }
+    }
 }
 
 /// Resolves what the image at `image` (as typed) says of another file: an absolute path, a path
@@ -25,24 +36,45 @@ pub struct Location {
 /// colon before any slash is taken for a protocol, as QEMU does; `./a:b` is a file.
 pub fn resolve(image: &Path, reference: &Reference) -> Result<Location> {
     let name = reference.name.as_bytes();
-    let (path, format) = if let Some(json) = name.strip_prefix(b"json:") {
-        from_json(json).map_err(|e| e.path(image))?
-    } else if let Some(path) = name.strip_prefix(b"file:") {
-        // QEMU takes `file:a` for `a`, and it stays relative to the image.
-        (PathBuf::from(OsStr::from_bytes(path)), None)
-    } else if let Some(protocol) = protocol(name) {
-        let what = format!(
-            "'{}' is not a local file: protocol '{protocol}' is not supported",
-            reference.name.display()
-        );
-        return Err(Error::unsupported(what)
-            .path(image)
-            .hint("a file with a colon in its name is written './NAME'"));
-    } else {
-        (PathBuf::from(&reference.name), None)
+    let (path, format) = local_path(name).map_err(|e| e.path(image))?;
+    // Seen with QEMU 10: a name with any prefix counts as absolute and is left as it is.
+    let has_prefix = path.as_os_str().as_bytes() != name;
+    let format = match format {
+        JsonFormat::Named(name) => Some(name),
+        JsonFormat::Unsaid => reference.format.clone(),
+        JsonFormat::Protocol => reference.format.clone().or_else(|| Some(Format::Raw.to_string())),
     };
+    Ok(Location { format, ..beside(image, path, has_prefix) })
+}
+
+/// Resolves what the image at `image` (as typed) says of its external data file. QEMU takes it
+/// from the current directory.
+pub fn resolve_data_file(image: &Path, reference: &Reference) -> Result<Location> {
+    let (path, _) = local_path(reference.name.as_bytes()).map_err(|e| e.path(image))?;
+    Ok(Location { format: reference.format.clone(), ..beside(image, path, true) })
+}
+
+/// `path` in the directory of `image`; or in the current one, if QEMU looks there.
+fn beside(image: &Path, path: PathBuf, qemu_looks_elsewhere: bool) -> Location {
     let directory = image.parent().unwrap_or(Path::new(""));
-    Ok(Location { path: directory.join(path), format: format.or_else(|| reference.format.clone()) })
+    let here = directory.join(&path);
+    let differs = qemu_looks_elsewhere && here != path;
+    Location { path: here, from_current_directory: differs.then_some(path), format: None }
+}
+
+/// The path that a stored name stands for.
+fn local_path(name: &[u8]) -> Result<(PathBuf, JsonFormat)> {
+    if let Some(json) = name.strip_prefix(b"json:") {
+        from_json(json)
+    } else if let Some(path) = name.strip_prefix(b"file:") {
+        Ok((PathBuf::from(OsStr::from_bytes(path)), JsonFormat::Unsaid))
+    } else if let Some(protocol) = protocol(name) {
+        let name = OsStr::from_bytes(name).display();
+        let what = format!("'{name}' is not a local file: protocol '{protocol}' is not supported");
+        Err(Error::unsupported(what).hint("a file with a colon in its name is written './NAME'"))
+    } else {
+        Ok((PathBuf::from(OsStr::from_bytes(name)), JsonFormat::Unsaid))
+    }
 }
 
 /// The protocol of a name, if it has one.
@@ -54,7 +86,7 @@ fn protocol(name: &[u8]) -> Option<String> {
 /// `{"driver": "qcow2", "file": {"driver": "file", "filename": "base.qcow2"}}`, and what QEMU
 /// flattens of it (`"file.filename"`). Options that we do not know are refused: they may change
 /// what the guest sees.
-fn from_json(text: &[u8]) -> Result<(PathBuf, Option<String>)> {
+fn from_json(text: &[u8]) -> Result<(PathBuf, JsonFormat)> {
     let not_valid = |why: String| Error::unsupported(format!("backing file 'json:…': {why}"));
     let value: Value = serde_json::from_slice(text).map_err(|e| not_valid(e.to_string()))?;
     let mut found = JsonFile::default();
@@ -63,10 +95,22 @@ fn from_json(text: &[u8]) -> Result<(PathBuf, Option<String>)> {
     Ok((path, found.format))
 }
 
+/// What a name says of the format.
+#[derive(Default)]
+enum JsonFormat {
+    /// Nothing.
+    #[default]
+    Unsaid,
+    /// The bytes of a file as they are, unless the image that names it knows better.
+    Protocol,
+    /// This one.
+    Named(String),
+}
+
 #[derive(Default)]
 struct JsonFile {
     filename: Option<PathBuf>,
-    format: Option<String>,
+    format: JsonFormat,
 }
 
 impl JsonFile {
@@ -79,10 +123,8 @@ impl JsonFile {
         }
         match (key, value.as_str()) {
             ("file.filename" | "filename", Some(name)) => self.filename = Some(name.into()),
-            ("driver", Some(name @ ("file" | "host_device"))) if self.format.is_none() => {
-                self.format = (name != "file").then(|| "raw".to_owned());
-            }
-            ("driver", Some(name)) => self.format = Some(name.to_owned()),
+            ("driver", Some("file" | "host_device")) => self.format = JsonFormat::Protocol,
+            ("driver", Some(name)) => self.format = JsonFormat::Named(name.to_owned()),
             ("file.driver", Some("file" | "host_device")) => {}
             _ => return Err(format!("'{key}': {value} is not supported")),
         }
@@ -122,7 +164,9 @@ mod tests {
         let name = r#"json:{"driver":"qcow2","file":{"driver":"file","filename":"b.img"}}"#;
         let reference = Reference { name: name.into(), format: None };
         let location = resolve(Path::new("/vm/a.qcow2"), &reference).unwrap();
-        assert_eq!(location, Location { path: "/vm/b.img".into(), format: Some("qcow2".into()) });
+        assert_eq!(location.path, Path::new("/vm/b.img"));
+        assert_eq!(location.from_current_directory.as_deref(), Some(Path::new("b.img")));
+        assert_eq!(location.format.as_deref(), Some("qcow2"));
         assert_eq!(led("/vm/a", r#"json:{"driver":"raw","file.filename":"c"}"#).unwrap(), "/vm/c");
         assert!(led("/vm/a", r#"json:{"driver":"raw","offset":512,"file":{"filename":"c"}}"#).is_err());
         assert!(led("/vm/a", r#"json:{"driver":"nbd","host":"h"}"#).is_err());

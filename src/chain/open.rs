@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use super::{Chain, Location, name};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -38,7 +38,9 @@ pub struct Opener {
     /// Files on this device are refused: they lie inside our own mount.
     forbidden_device: Option<u64>,
     cache: Arc<TableCache>,
-    open: Mutex<HashMap<(PathBuf, Format), Arc<dyn Layer>>>,
+    /// What chains hold that we opened. A layer that no chain holds any more is not kept, and a
+    /// name that leads to another file by now is not looked up here.
+    open: Mutex<HashMap<(PathBuf, Format), Weak<dyn Layer>>>,
 }
 
 impl Default for Opener {
@@ -94,14 +96,15 @@ impl Opener {
     /// the top asks its file for more. Without `format`, it is recognised from the
     /// file: a person named it. `access` is for the top; what is below is opened for reading.
     pub fn chain(&self, path: &Path, format: Option<Format>, access: Access) -> Result<Chain> {
-        let location = Location { path: path.to_owned(), format: format.map(|f| f.to_string()) };
-        self.walk(Step { location, access, is_typed: true })
+        let location = Location::typed(path, format);
+        self.walk(Step { location, access, is_typed: true }, None)
     }
 
     /// Opens one image, without what is below it.
     pub fn layer(&self, path: &Path, format: Option<Format>, access: Access) -> Result<Arc<dyn Layer>> {
-        let location = Location { path: path.to_owned(), format: format.map(|f| f.to_string()) };
-        self.step(&Step { location, access, is_typed: true })
+        let location = Location::typed(path, format);
+        let step = Step { location, access, is_typed: true };
+        self.layer_in(self.open_file(&step)?, &step)
     }
 
     /// Opens the chain that begins with the file that a person gives as backing file of the image
@@ -110,7 +113,10 @@ impl Opener {
         let Some(backing) = backing else { return Ok(Chain::default()) };
         let location = name::resolve(overlay, backing)?;
         let directory = overlay.parent().unwrap_or(Path::new(""));
-        self.walk(Step { location, access: Access::ReadOnly, is_typed: true }).doing(|| {
+        // An overlay that does not exist yet can be part of no chain.
+        let above = Identity::of(overlay).ok();
+        let first = Step { location, access: Access::ReadOnly, is_typed: true };
+        self.walk(first, above).doing(|| {
             match Path::new(&backing.name).is_relative() && !directory.as_os_str().is_empty() {
                 true => format!(
                     "opening backing file '{}' (looked for in {})",
@@ -122,32 +128,24 @@ impl Opener {
         })
     }
 
-    fn walk(&self, first: Step) -> Result<Chain> {
+    /// Opens layer after layer. `above` is the overlay that the chain is going to stand under.
+    fn walk(&self, first: Step, above: Option<Identity>) -> Result<Chain> {
         let mut layers: Vec<Arc<dyn Layer>> = Vec::new();
-        let mut seen: HashMap<Identity, usize> = HashMap::new();
+        let mut seen: HashMap<Identity, Option<usize>> = above.into_iter().map(|id| (id, None)).collect();
         let mut next = Some(first);
         while let Some(step) = next {
             let depth = layers.len();
-            let in_layer = || format!("opening layer {depth} of the chain");
-            if depth == MAX_DEPTH {
-                let what = format!("the chain has more than {MAX_DEPTH} layers");
-                return Err(Error::new(ErrorKind::Loop, what).path(&step.location.path));
-            }
             let layer = match layers.last() {
-                None => self.step(&step)?,
-                Some(above) => self
-                    .step(&step)
-                    .doing(|| format!("{} (named by {})", in_layer(), above.file().path().display()))?,
+                None => self.walk_step(&step, depth, &mut seen)?,
+                Some(above) => self.walk_step(&step, depth, &mut seen).doing(|| {
+                    format!("opening layer {depth} of the chain (named by {})", above.file().path().display())
+                })?,
             };
-            if let Some(earlier) = seen.insert(layer.file().identity(), depth) {
-                let what = format!("is layer {earlier} of its own chain already: the chain is a loop");
-                let error = Error::new(ErrorKind::Loop, what).path(&step.location.path);
-                return Err(error.doing(in_layer()));
-            }
             next = match layer.backing() {
                 None => None,
                 Some(reference) => Some(Step {
-                    location: name::resolve(layer.file().path(), reference).doing(in_layer)?,
+                    location: name::resolve(layer.file().path(), reference)
+                        .doing(|| format!("opening layer {} of the chain", depth + 1))?,
                     access: Access::ReadOnly,
                     is_typed: false,
                 }),
@@ -157,38 +155,54 @@ impl Opener {
         Ok(Chain::new(layers))
     }
 
-    fn step(&self, step: &Step) -> Result<Arc<dyn Layer>> {
-        let Location { path, format } = &step.location;
-        let format = match format {
-            Some(name) => Some(Format::from_name(name).path(path)?),
-            None => None,
+    /// Opens one layer, unless the chain would become a loop or too long by it.
+    fn walk_step(
+        &self,
+        step: &Step,
+        depth: usize,
+        seen: &mut HashMap<Identity, Option<usize>>,
+    ) -> Result<Arc<dyn Layer>> {
+        let file = self.open_file(step)?;
+        let what = match seen.insert(file.identity(), Some(depth)) {
+            _ if depth == MAX_DEPTH => format!("the chain has more than {MAX_DEPTH} layers"),
+            None => return self.layer_in(file, step),
+            Some(None) => "contains the overlay itself: the chain would be a loop".to_owned(),
+            Some(Some(earlier)) => {
+                format!("is layer {earlier} of its own chain already: the chain is a loop")
+            }
         };
-        if let Some(layer) = format.and_then(|format| self.find_open(path, format)) {
-            return Ok(layer);
-        }
+        Err(Error::new(ErrorKind::Loop, what).path(file.path()))
+    }
+
+    fn open_file(&self, step: &Step) -> Result<Arc<dyn HostFile>> {
+        let path = choose(&step.location)?;
         let file: Arc<dyn HostFile> = Arc::new(LocalFile::open(path, step.access)?);
         self.refuse_own_mount(&*file)?;
-        let format = match format {
-            Some(format) => format,
+        Ok(file)
+    }
+
+    /// The layer that `file` holds, which is dropped again where a chain has the layer open.
+    fn layer_in(&self, file: Arc<dyn HostFile>, step: &Step) -> Result<Arc<dyn Layer>> {
+        let format = match &step.location.format {
+            Some(name) => Format::from_name(name).path(file.path())?,
             None => self.recognise(&*file, step.is_typed)?,
         };
-        if let Some(layer) = self.find_open(path, format) {
+        if step.access == Access::ReadWrite {
+            return self.open_layer(file, format);
+        }
+        let (key, identity) = ((file.path().to_owned(), format), file.identity());
+        if let Some(layer) = self.find_open(&key).filter(|layer| layer.file().identity() == identity) {
             return Ok(layer);
         }
-        if self.locking {
-            file.lock(Lock::Read)?;
-        }
         let layer = self.open_layer(file, format)?;
-        if step.access == Access::ReadOnly {
-            let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-            open.insert((path.clone(), format), layer.clone());
-        }
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        open.insert(key, Arc::downgrade(&layer));
         Ok(layer)
     }
 
-    fn find_open(&self, path: &Path, format: Format) -> Option<Arc<dyn Layer>> {
+    fn find_open(&self, key: &(PathBuf, Format)) -> Option<Arc<dyn Layer>> {
         let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        open.get(&(path.to_owned(), format)).cloned()
+        open.get(key).and_then(Weak::upgrade)
     }
 
     fn refuse_own_mount(&self, file: &dyn HostFile) -> Result<()> {
@@ -205,7 +219,7 @@ impl Opener {
             return Ok(format);
         }
         let preamble = Preamble::read(file)?;
-        let further = match preamble.backing.clone().or(preamble.data_file()?) {
+        let further = match preamble.backing.clone().or(preamble.data_file().path(file.path())?) {
             Some(reference) => reference.name,
             None => return Ok(format),
         };
@@ -219,6 +233,9 @@ impl Opener {
     }
 
     fn open_layer(&self, file: Arc<dyn HostFile>, format: Format) -> Result<Arc<dyn Layer>> {
+        if self.locking {
+            file.lock(Lock::Read)?;
+        }
         match format {
             Format::Raw => Ok(Arc::new(Raw::open(file))),
             Format::Qcow2 => {
@@ -234,12 +251,38 @@ impl Opener {
 
     fn open_data_file(&self, image: &dyn HostFile, reference: &Reference) -> Result<Arc<dyn HostFile>> {
         let doing = || format!("opening external data file '{}'", reference.name.display());
-        let path = name::resolve(image.path(), reference).doing(doing)?.path;
-        let file = LocalFile::open(&path, image.access()).doing(doing)?;
+        let location = name::resolve_data_file(image.path(), reference).doing(doing)?;
+        let path = choose(&location).doing(doing)?;
+        let file = LocalFile::open(path, image.access()).doing(doing)?;
         self.refuse_own_mount(&file).doing(doing)?;
+        if file.identity() == image.identity() {
+            let what = "names itself as its external data file";
+            return Err(Error::new(ErrorKind::Loop, what).path(image.path()));
+        }
         if self.locking {
             file.lock(Lock::Read).doing(doing)?;
         }
         Ok(Arc::new(file))
+    }
+}
+
+/// Which of the two places that a name can mean is meant: ours, or the one where QEMU looks.
+fn choose(location: &Location) -> Result<&Path> {
+    let ours = &location.path;
+    let Some(theirs) = &location.from_current_directory else { return Ok(ours) };
+    match (Identity::of(ours), Identity::of(theirs)) {
+        (Ok(one), Ok(other)) if one != other => {
+            let what = format!(
+                "its name can also mean {} in the current directory, which is where QEMU looks, and that is another file",
+                theirs.display()
+            );
+            let hint = "store an absolute path, or run from the directory of the image";
+            Err(Error::invalid(what).path(ours).hint(hint))
+        }
+        (Err(_), Ok(_)) => {
+            log::warn!("{}: not found; taking {} in the current directory", ours.display(), theirs.display());
+            Ok(theirs)
+        }
+        _ => Ok(ours),
     }
 }

@@ -57,12 +57,12 @@ impl LocalFile {
         let metadata = file.metadata().map_err(describe)?;
         // Again, on what was really opened: the name may lead elsewhere by now.
         refuse_other_types(&metadata).map_err(|e| e.path(&path))?;
-        let (size, identity) = if metadata.file_type().is_block_device() {
-            let size = (&file).seek(SeekFrom::End(0)).map_err(describe)?;
-            (size, Identity { device: 0, inode: metadata.rdev() })
+        let size = if metadata.file_type().is_block_device() {
+            (&file).seek(SeekFrom::End(0)).map_err(describe)?
         } else {
-            (metadata.len(), Identity { device: metadata.dev(), inode: metadata.ino() })
+            metadata.len()
         };
+        let identity = Identity::of_metadata(&metadata);
         Ok(Self { path, file, access, identity, size: AtomicU64::new(size), lock: Mutex::new(Lock::None) })
     }
 
@@ -80,6 +80,21 @@ impl LocalFile {
         let hole = sys::seek_hole(&self.file, at)?.unwrap_or(end);
         // A file that changes between the two calls may answer nonsense; never an empty run.
         Ok(Run { is_data: true, length: hole.clamp(at + 1, end) - at })
+    }
+}
+
+impl Identity {
+    /// The identity of the file that `path` leads to now.
+    pub fn of(path: &Path) -> io::Result<Self> {
+        std::fs::metadata(path).map(|metadata| Self::of_metadata(&metadata))
+    }
+
+    fn of_metadata(metadata: &Metadata) -> Self {
+        if metadata.file_type().is_block_device() {
+            Self { device: 0, inode: metadata.rdev() }
+        } else {
+            Self { device: metadata.dev(), inode: metadata.ino() }
+        }
     }
 }
 
