@@ -30,6 +30,9 @@ const FOREIGN: &[(&str, &[u8])] = &[
     ("bochs", b"Bochs Virtual HD Image"),
 ];
 
+/// The one that hides its magic bytes further in: VirtualBox's, at offset 64.
+const VDI: (usize, &[u8]) = (64, b"\x7f\x10\xda\xbe");
+
 impl Format {
     /// The format of that name. Old images store the protocol where the format belongs.
     pub fn from_name(name: &str) -> Result<Self> {
@@ -45,15 +48,16 @@ impl Format {
     ///
     /// The answer is a guess: whoever writes a raw disk can make it look like anything.
     pub fn recognise(file: &dyn HostFile) -> Result<Self> {
-        let mut start = [0; 32];
+        let mut start = [0; 68];
         file.read_at(HostOffset(0), &mut start)?;
         if start.starts_with(b"QFI\xfb") && u32::from_be_bytes([start[4], start[5], start[6], start[7]]) >= 2
         {
             return Ok(Self::Qcow2);
         }
-        match FOREIGN.iter().find(|(_, magic)| start.starts_with(magic)) {
+        let foreign = FOREIGN.iter().find(|(_, magic)| start.starts_with(magic)).map(|(name, _)| *name);
+        match foreign.or_else(|| start[VDI.0..].starts_with(VDI.1).then_some("vdi")) {
             None => Ok(Self::Raw),
-            Some((name, _)) => {
+            Some(name) => {
                 let what = format!("looks like format {name}, which is not supported");
                 let hint = "if it is a raw disk, say so with the format option (`-f raw`, `-F raw`)";
                 Err(Error::unsupported(what).path(file.path()).hint(hint))
@@ -68,5 +72,30 @@ impl fmt::Display for Format {
             Self::Raw => "raw",
             Self::Qcow2 => "qcow2",
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::file::{Access, LocalFile};
+
+    fn recognised(start: &[u8]) -> String {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        std::fs::write(&path, start).unwrap();
+        let file = LocalFile::open(&path, Access::ReadOnly).unwrap();
+        Format::recognise(&file).map_or_else(|e| e.to_string(), |format| format.to_string())
+    }
+
+    #[test]
+    fn formats_are_recognised_by_their_first_bytes_and_foreign_ones_refused() {
+        assert_eq!(recognised(b""), "raw");
+        assert_eq!(recognised(b"QFI"), "raw");
+        assert_eq!(recognised(b"QFI\xfb\0\0\0\x03"), "qcow2");
+        assert!(recognised(b"QFI\xfb\0\0\0\x01").contains("qcow (version 1)"));
+        assert!(recognised(b"KDMV").contains("vmdk"));
+        assert!(recognised(b"LUKS\xba\xbe\0\x01").contains("luks"));
+        assert!(recognised(&[&[b' '; 64], &b"\x7f\x10\xda\xbe"[..]].concat()).contains("vdi"));
     }
 }

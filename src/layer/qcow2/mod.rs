@@ -277,11 +277,11 @@ impl Qcow2 {
             if entry.word & COMPRESSED != 0 {
                 break;
             }
-            let more = self.extent_in_cluster(next, limit - extent.length, entry)?;
-            if !continues(extent, more.kind) {
-                break;
+            // What is wrong with a cluster is said when someone asks for it, not for what precedes it.
+            match self.extent_in_cluster(next, limit - extent.length, entry) {
+                Ok(more) if continues(extent, more.kind) => extent.length += more.length,
+                _ => break,
             }
-            extent.length += more.length;
         }
         Ok(extent)
     }
