@@ -77,7 +77,42 @@ pub fn deflate(compression: Compression, cluster: &[u8]) -> Option<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
     use super::*;
+
+    const KINDS: [Compression; 2] = [Compression::Zlib, Compression::Zstd];
+
+    proptest! {
+        #[test]
+        fn no_payload_makes_inflating_panic(payload in vec(any::<u8>(), 0..600), size in 9..17u32) {
+            for compression in KINDS {
+                let _ = inflate(compression, &payload, &mut vec![0; 1 << size]);
+            }
+        }
+
+        #[test]
+        fn no_damage_makes_inflating_panic(at in 0..40usize, byte: u8, end in 0..400usize) {
+            for compression in KINDS {
+                let mut payload = deflate(compression, &sample()).unwrap();
+                payload.truncate(end.max(1));
+                let at = at % payload.len();
+                payload[at] = byte;
+                let _ = inflate(compression, &payload, &mut vec![0; 65536]);
+            }
+        }
+
+        #[test]
+        fn what_is_deflated_inflates_to_the_same(bytes in vec(0..4u8, 1024)) {
+            for compression in KINDS {
+                let payload = deflate(compression, &bytes).unwrap();
+                let mut cluster = vec![0xee; bytes.len()];
+                inflate(compression, &payload, &mut cluster).unwrap();
+                prop_assert_eq!(&cluster, &bytes);
+            }
+        }
+    }
 
     fn sample() -> Vec<u8> {
         (0..65536u32).map(|i| (i / 7) as u8).collect()
@@ -85,7 +120,7 @@ mod tests {
 
     #[test]
     fn both_kinds_survive_a_round_trip_with_garbage_behind_the_payload() {
-        for compression in [Compression::Zlib, Compression::Zstd] {
+        for compression in KINDS {
             let mut payload = deflate(compression, &sample()).unwrap();
             payload.extend([0xaa; 300]);
             let mut cluster = vec![0; 65536];
@@ -96,7 +131,7 @@ mod tests {
 
     #[test]
     fn a_payload_that_is_too_short_or_nonsense_is_refused() {
-        for compression in [Compression::Zlib, Compression::Zstd] {
+        for compression in KINDS {
             let payload = deflate(compression, &sample()).unwrap();
             let mut cluster = vec![0; 65536];
             assert!(inflate(compression, &payload[..payload.len() / 2], &mut cluster).is_err());

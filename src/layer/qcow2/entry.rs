@@ -170,3 +170,87 @@ impl L2Entry {
         Error::corrupt(format!("L2 entry {word:#018x}{bitmap} {what}"))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::layer::qcow2::header::{DECODED_LENGTH, incompatible};
+
+    fn header(version: u8, cluster_bits: u32, incompatible: u64) -> Header {
+        let mut bytes = [0; DECODED_LENGTH];
+        bytes[..8].copy_from_slice(&[b'Q', b'F', b'I', 0xfb, 0, 0, 0, version]);
+        Header { cluster_bits, incompatible, ..Header::decode(&bytes).unwrap() }
+    }
+
+    fn headers() -> impl Strategy<Value = Header> {
+        let features = prop_oneof![Just(0), Just(incompatible::EXTENDED_L2), Just(incompatible::DATA_FILE)];
+        (2..=3u8, 9..=21u32, features).prop_map(|(version, bits, features)| header(version, bits, features))
+    }
+
+    /// Any entry, and often one with few reserved bits set.
+    fn entries() -> impl Strategy<Value = L2Entry> {
+        let word = prop_oneof![any::<u64>(), any::<u64>().prop_map(|word| word & (OFFSET | COPIED | ZERO))];
+        let bitmap = prop_oneof![Just(0), any::<u32>().prop_map(u64::from), any::<u64>()];
+        (word, bitmap).prop_map(|(word, bitmap)| L2Entry { word, bitmap })
+    }
+
+    proptest! {
+        #[test]
+        fn what_an_entry_decodes_to_is_possible(header in headers(), entry in entries()) {
+            match entry.decode(&header) {
+                Ok(Cluster::Compressed { at, size }) => {
+                    prop_assert!((1..=4 << 20).contains(&size));
+                    prop_assert!(at.0 >> 56 == 0 && (at.0 + u64::from(size)) % 512 == 0);
+                }
+                Ok(Cluster::Standard(standard)) => {
+                    prop_assert_eq!(standard.allocated & standard.zero, 0);
+                    prop_assert!(standard.allocated == 0 || standard.host.is_some());
+                    prop_assert!(standard.host.is_none_or(|host| host.0 % header.cluster_size() == 0));
+                }
+                Err(_) => {}
+            }
+            let _ = l2_table(entry.word, &header);
+        }
+
+        #[test]
+        fn runs_of_subclusters_have_one_state(allocated: u32, zero: u32, index in 0..SUBCLUSTERS) {
+            let standard = Standard { host: None, allocated: allocated & !zero, zero };
+            let run = standard.run(index, SUBCLUSTERS);
+            prop_assert!(run >= 1);
+            prop_assert!((index..index + run).all(|i| standard.state(i) == standard.state(index)));
+            let next = index + run;
+            prop_assert!(next == SUBCLUSTERS || standard.state(next) != standard.state(index));
+        }
+    }
+
+    #[test]
+    fn entries_say_what_the_specification_says() {
+        let plain = |word| L2Entry { word, bitmap: 0 }.decode(&header(3, 16, 0)).unwrap();
+        let standard = |host, allocated, zero| Cluster::Standard(Standard { host, allocated, zero });
+        let host = Some(HostOffset(0x50000));
+        assert_eq!(plain(0), standard(None, 0, 0));
+        assert_eq!(plain(ZERO), standard(None, 0, u32::MAX));
+        assert_eq!(plain(0x50000 | COPIED), standard(host, u32::MAX, 0));
+        assert_eq!(plain(0x50000 | ZERO), standard(host, 0, u32::MAX));
+        // x = 62 - (16 - 8) = 54: two sectors from 0x50123 on.
+        let at = HostOffset(0x50123);
+        assert_eq!(plain(COMPRESSED | 1 << 54 | at.0), Cluster::Compressed { at, size: 1024 - 0x123 });
+    }
+
+    #[test]
+    fn what_the_format_forbids_is_refused() {
+        let refused = |entry: L2Entry, header: &Header| entry.decode(header).unwrap_err().to_string();
+        let plain = |word| L2Entry { word, bitmap: 0 };
+        assert!(refused(plain(0x50002), &header(3, 16, 0)).contains("reserved bits"));
+        assert!(refused(plain(ZERO), &header(2, 16, 0)).contains("reserved bits"));
+        assert!(refused(plain(0x50200), &header(3, 16, 0)).contains("not aligned"));
+        assert!(refused(plain(COMPRESSED), &header(3, 16, incompatible::DATA_FILE)).contains("data file"));
+        let extended = header(3, 16, incompatible::EXTENDED_L2);
+        let both = L2Entry { word: 0x50000, bitmap: 1 | 1 << 32 };
+        assert!(refused(both, &extended).contains("both allocated and zero"));
+        assert!(refused(L2Entry { word: 0, bitmap: 1 }, &extended).contains("no host cluster"));
+        assert!(l2_table(1, &header(3, 16, 0)).is_err());
+    }
+}

@@ -105,7 +105,33 @@ impl Extensions {
 
 #[cfg(test)]
 mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
     use super::*;
+
+    fn lists() -> impl Strategy<Value = Extensions> {
+        let extension = (1u32.., vec(any::<u8>(), 0..100)).prop_map(|(kind, data)| Extension { kind, data });
+        vec(extension, 0..8).prop_map(Extensions)
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_decoding_panic(bytes in vec(any::<u8>(), 0..300), start: u32) {
+            let _ = Extensions::decode(&bytes, start.into());
+        }
+
+        #[test]
+        fn what_is_encoded_decodes_to_the_same(list in lists()) {
+            prop_assert_eq!(Extensions::decode(&list.encode(), 0).unwrap(), list);
+        }
+
+        #[test]
+        fn no_feature_table_makes_looking_up_a_name_panic(table in vec(any::<u8>(), 0..200), bit in 0u32..64) {
+            let list = Extensions(vec![Extension { kind: kind::FEATURE_NAMES, data: table }]);
+            let _ = list.incompatible_feature_name(bit);
+        }
+    }
 
     #[test]
     fn a_list_survives_decoding_and_encoding() {

@@ -341,3 +341,50 @@ impl Header {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Any header bytes, most of them with the magic and one of the versions that we read.
+    fn bytes() -> impl Strategy<Value = [u8; DECODED_LENGTH]> {
+        let fields = proptest::collection::vec(any::<u8>(), DECODED_LENGTH);
+        (fields, 1..=4u8, 0..24u8, any::<bool>()).prop_map(|(fields, version, bits, is_plausible)| {
+            let mut bytes: [u8; DECODED_LENGTH] = std::array::from_fn(|i| fields[i]);
+            bytes[..8].copy_from_slice(&[b'Q', b'F', b'I', 0xfb, 0, 0, 0, version]);
+            if is_plausible {
+                // Nothing that an early check would refuse.
+                bytes[8..20].fill(0);
+                bytes[20..24].copy_from_slice(&[0, 0, 0, bits]);
+                bytes[32..36].fill(0);
+                bytes[72..80].fill(0);
+                bytes[96..105].copy_from_slice(&[0, 0, 0, bits % 7, 0, 0, 0, 112, 0]);
+            }
+            bytes
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_decoding_or_validating_panic(bytes in bytes()) {
+            if let Ok(header) = Header::decode(&bytes) {
+                let _ = header.validate(|_| None);
+            }
+        }
+
+        #[test]
+        fn what_is_encoded_decodes_to_the_same(bytes in bytes()) {
+            if let Ok(header) = Header::decode(&bytes) {
+                let length = if header.version == 2 { V2_LENGTH } else { 112 };
+                let header = Header { length, ..header };
+                let mut encoded = header.encode();
+                prop_assert_eq!(encoded.len(), length as usize);
+                encoded.resize(DECODED_LENGTH, 0xee);
+                let again = Header::decode(encoded.first_chunk().unwrap()).unwrap();
+                prop_assert_eq!(again, header);
+            }
+        }
+    }
+}
