@@ -1,19 +1,12 @@
-//! The `rebasefs` program: parses the command line, runs the command, prints its error.
+//! The `rebasefs` program: hands what was typed to the library.
 
+use std::ffi::OsString;
 use std::process::ExitCode;
-
-use clap::Parser;
-use rebasefs::cli::Cli;
 
 fn main() -> ExitCode {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"))
         .format_timestamp(None)
         .init();
-    match Cli::parse().run() {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("rebasefs: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    let typed: Vec<OsString> = std::env::args_os().collect();
+    rebasefs::cli::run(&typed)
 }

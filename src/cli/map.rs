@@ -10,6 +10,6 @@ use crate::error::{Error, Result};
 #[derive(Debug, Args)]
 pub(super) struct Arguments {}
 
-pub(super) fn run(_: Arguments) -> Result<ExitCode> {
+pub(super) fn run(_: &Arguments) -> Result<ExitCode> {
     Err(Error::unsupported("not built yet"))
 }

@@ -8,8 +8,10 @@ mod info;
 mod map;
 mod mount;
 mod options;
+mod print;
 mod rebase;
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -19,7 +21,7 @@ use crate::error::Result;
 /// Mount a copy-on-write disk image as a flat file, and rebase it safely while it is mounted.
 #[derive(Debug, Parser)]
 #[command(name = "rebasefs", version, about, subcommand_required = true)]
-pub struct Cli {
+struct Cli {
     #[command(subcommand)]
     command: Command,
 }
@@ -35,17 +37,39 @@ enum Command {
     Create(create::Arguments),
 }
 
-impl Cli {
-    /// Does what was typed. The exit codes are those of qemu-img's command of the same name.
-    pub fn run(self) -> Result<ExitCode> {
-        match self.command {
-            Command::Mount(arguments) => mount::run(arguments),
-            Command::Rebase(arguments) => rebase::run(arguments),
-            Command::Info(arguments) => info::run(arguments),
-            Command::Map(arguments) => map::run(arguments),
-            Command::Compare(arguments) => compare::run(arguments),
-            Command::Check(arguments) => check::run(arguments),
-            Command::Create(arguments) => create::run(arguments),
+/// Does what was typed (the program's name first). The exit codes are those of qemu-img's command
+/// of the same name.
+pub fn run(typed: &[OsString]) -> ExitCode {
+    let command = match Cli::try_parse_from(typed) {
+        Ok(cli) => cli.command,
+        Err(e) => {
+            // Where it cannot be printed there is nobody to tell.
+            let _ = e.print();
+            return if e.use_stderr() { failure(typed) } else { ExitCode::SUCCESS };
+        }
+    };
+    command.run().unwrap_or_else(|error| {
+        print::complain(&format!("rebasefs: {error}"));
+        failure(typed)
+    })
+}
+
+/// What a failure ends with: 1, but 2 for `compare`, where 1 means "they differ".
+fn failure(typed: &[OsString]) -> ExitCode {
+    let is_compare = typed.get(1).is_some_and(|command| command == "compare");
+    ExitCode::from(if is_compare { 2 } else { 1 })
+}
+
+impl Command {
+    fn run(self) -> Result<ExitCode> {
+        match self {
+            Self::Mount(arguments) => mount::run(arguments),
+            Self::Rebase(arguments) => rebase::run(arguments),
+            Self::Info(arguments) => info::run(&arguments),
+            Self::Map(arguments) => map::run(&arguments),
+            Self::Compare(arguments) => compare::run(&arguments),
+            Self::Check(arguments) => check::run(&arguments),
+            Self::Create(arguments) => create::run(&arguments),
         }
     }
 }

@@ -3,6 +3,8 @@
 use clap::{Args, ValueEnum};
 
 use crate::chain::{Guess, Opener};
+use crate::error::{Error, Result};
+use crate::layer::Format;
 
 /// How a result is printed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -32,4 +34,47 @@ impl Opening {
         let opener = Opener::new().guess(guess);
         if self.force_share { opener.force_share() } else { opener }
     }
+}
+
+/// QEMU's cache modes. Taken for the sake of scripts: rebasefs writes in one safe order always.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum CacheMode {
+    None,
+    Off,
+    Writeback,
+    Writethrough,
+    Directsync,
+    Unsafe,
+}
+
+/// Options of qemu-img that lead out of what rebasefs is: refused by name, not as unknown.
+#[derive(Clone, Debug, Args)]
+pub(super) struct Refused {
+    #[arg(long, hide = true)]
+    image_opts: bool,
+    #[arg(long, hide = true, value_name = "OBJDEF")]
+    object: Option<String>,
+}
+
+impl Refused {
+    /// An error if one of them was typed.
+    pub(super) fn check(&self) -> Result<()> {
+        if self.image_opts {
+            let error =
+                Error::unsupported("--image-opts is not supported: rebasefs opens files, not block nodes");
+            return Err(error.hint("name the file, and its format with -f"));
+        }
+        match &self.object {
+            None => Ok(()),
+            Some(object) => {
+                let what = format!("--object {object} is not supported: rebasefs has no QEMU objects");
+                Err(Error::unsupported(what).hint("encrypted and remote images need qemu-img"))
+            }
+        }
+    }
+}
+
+/// The format that was typed, if one was.
+pub(super) fn format(name: Option<&str>) -> Result<Option<Format>> {
+    name.map(Format::from_name).transpose()
 }

@@ -16,8 +16,9 @@ pub const ZERO: u64 = 1 << 0;
 pub const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
 /// Bits of an L1 entry that are neither offset nor flag.
-const L1_RESERVED: u64 = !(OFFSET | COPIED);
-const L2_RESERVED: u64 = !(OFFSET | COPIED | ZERO);
+pub(super) const L1_RESERVED: u64 = !(OFFSET | COPIED);
+/// Bits of an L2 entry that are neither offset nor flag.
+pub(super) const L2_RESERVED: u64 = !(OFFSET | COPIED | ZERO);
 
 /// Number of subclusters in a cluster with extended L2 entries.
 pub const SUBCLUSTERS: u32 = 32;

@@ -6,18 +6,23 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | `header`, `extension`, `entry`, `compressed` | what bytes mean; pure |
+//! | `header`, `extension`, `entry`, `compressed`, `bitmap` | what bytes mean; pure |
 //! | `table`, `snapshot` | reading tables |
-//! | `refcount`, `allocate`, `update`, `swap` | writing, in the order of invariants I2 and I3 |
-//! | `references`, `check` | who points where, and whether the refcounts say so |
+//! | `refcount`, `staged`, `update`, `swap` | writing, in the order of invariants I2 and I3 |
+//! | `references`, `counts`, `stored`, `check` | who points where, and whether the refcounts say so |
 
+pub mod bitmap;
+pub mod check;
 pub mod compressed;
+mod counts;
 pub mod entry;
 pub mod extension;
 pub mod header;
 pub mod refcount;
+mod references;
 pub mod snapshot;
 pub mod staged;
+mod stored;
 mod swap;
 pub mod table;
 mod update;

@@ -1,0 +1,332 @@
+//! Who points where: every reference from the image's own structures to its host clusters,
+//! counted.
+//!
+//! Reads metadata only and judges what it reads; [`check`](super::check) compares the counts with
+//! the refcounts that the image stores. Works on hostile images too: a table is read once however
+//! many tables point to it, and the tables may not take much more room than the file does on its
+//! disk, so that time and memory follow the bytes that are really there. No structure points
+//! upwards, so that there are no loops.
+
+use std::collections::{BTreeMap, HashSet};
+
+use super::bitmap::{Bitmap, Directory, data_cluster};
+use super::check::CheckReport;
+use super::counts::Counts;
+use super::entry::{COMPRESSED, COPIED, Cluster, L1_RESERVED, L2_RESERVED, L2Entry, OFFSET};
+use super::extension::kind;
+use super::header::{Header, autoclear};
+use super::snapshot::SnapshotTable;
+use super::stored::StoredRefcounts;
+use super::table::read_words;
+use super::{Layer, Qcow2};
+use crate::error::Result;
+use crate::file::{HostFile, HostOffset};
+
+/// What L1 and bitmap tables may take together beyond eight times the space of the file on its
+/// disk. Tables of a valid image do not overlap; those of a hostile one could be read for ever.
+const TABLE_ALLOWANCE: u64 = 16 << 30;
+
+/// How many L1 entries point to an L2 table.
+#[derive(Clone, Copy, Default)]
+struct Uses {
+    by_active: u64,
+    by_all: u64,
+}
+
+/// The walk through all structures of one image.
+pub(super) struct Walk<'a> {
+    image: &'a Qcow2,
+    header: &'a Header,
+    file: &'a dyn HostFile,
+    stored: &'a StoredRefcounts<'a>,
+    report: &'a mut CheckReport,
+    counts: Counts,
+    l2_tables: BTreeMap<u64, Uses>,
+    table_bytes_left: u64,
+}
+
+impl<'a> Walk<'a> {
+    pub(super) fn new(
+        image: &'a Qcow2,
+        stored: &'a StoredRefcounts<'a>,
+        report: &'a mut CheckReport,
+    ) -> Result<Self> {
+        let file: &dyn HostFile = &**image.file();
+        Ok(Self {
+            image,
+            header: image.header(),
+            file,
+            stored,
+            report,
+            counts: Counts::default(),
+            l2_tables: BTreeMap::new(),
+            table_bytes_left: TABLE_ALLOWANCE + file.allocated_bytes()?.saturating_mul(8),
+        })
+    }
+
+    /// Counts everything. The refcount structures come last: it is an error if anything else
+    /// points to them.
+    pub(super) fn count(mut self) -> Result<Counts> {
+        self.add("header", 0, self.header.cluster_size(), 1);
+        let (offset, entries) = (self.header.l1_offset, self.header.l1_entries);
+        self.l1_table("L1 table", offset, entries, Uses { by_active: 1, by_all: 1 })?;
+        self.snapshots()?;
+        for (offset, uses) in std::mem::take(&mut self.l2_tables) {
+            self.l2_table(offset, uses)?;
+        }
+        self.bitmaps()?;
+        self.refcount_structures()?;
+        Ok(self.counts)
+    }
+
+    /// Counts `times` references to each cluster of a range.
+    fn add(&mut self, what: &str, offset: u64, size: u64, times: u64) {
+        if size == 0 {
+            return;
+        }
+        let last = offset.saturating_add(size - 1);
+        let end = self.file.size();
+        // The last cluster of a file need not be there in full.
+        if offset >= end || last >= end + self.header.cluster_size() {
+            let text = format!("ERROR {what} at {offset:#x}, {size} bytes: lies past the end of the file");
+            return self.report.corruption(times, text);
+        }
+        for cluster in offset >> self.header.cluster_bits..=last >> self.header.cluster_bits {
+            let excess = self.counts.add(cluster, times, self.stored.max());
+            if excess > 0 {
+                let text = format!("ERROR cluster {cluster} is used more often than a refcount can say");
+                self.report.corruption(excess, text);
+            }
+        }
+    }
+
+    fn affords(&mut self, what: &str, bytes: u64) -> bool {
+        let left = self.table_bytes_left.checked_sub(bytes);
+        self.table_bytes_left = left.unwrap_or(0);
+        if left.is_none() {
+            let text =
+                format!("ERROR {what} not looked at: the tables claim far more room than the file takes");
+            self.report.check_error(1, text);
+        }
+        left.is_some()
+    }
+
+    fn l1_table(&mut self, what: &str, offset: u64, entries: u32, uses: Uses) -> Result<()> {
+        let bytes = u64::from(entries) * 8;
+        if !self.affords(what, bytes.saturating_mul(uses.by_all)) {
+            return Ok(());
+        }
+        self.add(what, offset, bytes, uses.by_all);
+        if entries == 0 || offset >= self.file.size() {
+            return Ok(());
+        }
+        for (index, entry) in
+            read_words(self.file, HostOffset(offset), u64::from(entries))?.iter().enumerate()
+        {
+            if *entry != 0 {
+                self.l1_entry(what, index, *entry, uses);
+            }
+        }
+        Ok(())
+    }
+
+    fn l1_entry(&mut self, what: &str, index: usize, entry: u64, uses: Uses) {
+        if entry & L1_RESERVED != 0 {
+            let text = format!("ERROR {what}, entry {index}: {entry:#018x} has reserved bits set");
+            self.report.corruption(uses.by_all, text);
+        }
+        let table = entry & OFFSET;
+        self.add("L2 table", table, self.header.cluster_size(), uses.by_all);
+        if !table.is_multiple_of(self.header.cluster_size()) {
+            let text = format!("ERROR {what}, entry {index}: {entry:#018x} is not aligned to a cluster");
+            self.report.corruption(uses.by_all, text);
+        }
+        if uses.by_active > 0 {
+            self.copied_flag("L1 entry", index as u64, entry, table, uses.by_active);
+        }
+        if table < self.file.size() {
+            let so_far = self.l2_tables.entry(table).or_default();
+            so_far.by_active += uses.by_active;
+            so_far.by_all += uses.by_all;
+        }
+    }
+
+    /// The flag promises that a refcount is exactly one. Only the active tables keep it up to date.
+    fn copied_flag(&mut self, what: &str, index: u64, entry: u64, target: u64, times: u64) {
+        let Ok(Some(refcount)) = self.stored.of(target >> self.header.cluster_bits) else { return };
+        if (refcount == 1) != (entry & COPIED != 0) {
+            let text =
+                format!("ERROR {what} {index}: {entry:#018x} and refcount {refcount} contradict each other");
+            self.report.corruption(times, text);
+        }
+    }
+
+    fn snapshots(&mut self) -> Result<()> {
+        if self.header.snapshot_count == 0 {
+            return Ok(());
+        }
+        let table = match SnapshotTable::read(self.file, self.header) {
+            Ok(table) => table,
+            Err(e) => {
+                self.report.corruption(1, format!("ERROR {e}"));
+                return Ok(());
+            }
+        };
+        self.add("snapshot table", self.header.snapshots_offset, table.bytes, 1);
+        // Snapshots that share an L1 table, which no writer makes, must not cost its length each.
+        let mut tables: BTreeMap<(u64, u32), u64> = BTreeMap::new();
+        for snapshot in &table.snapshots {
+            *tables.entry((snapshot.l1_offset, snapshot.l1_entries)).or_default() += 1;
+        }
+        for ((offset, entries), by_all) in tables {
+            self.l1_table("a snapshot's L1 table", offset, entries, Uses { by_active: 0, by_all })?;
+        }
+        Ok(())
+    }
+
+    fn l2_table(&mut self, offset: u64, uses: Uses) -> Result<()> {
+        let size = self.header.cluster_size();
+        let run = self.file.run_at(HostOffset(offset), size)?;
+        if !run.is_data && run.length >= size {
+            return Ok(());
+        }
+        let words = read_words(self.file, HostOffset(offset), size / 8)?;
+        let per_entry = (self.header.l2_entry_size() / 8) as usize;
+        let mut expected = None;
+        for (index, words) in words.chunks_exact(per_entry).enumerate() {
+            let entry = L2Entry { word: words[0], bitmap: words.get(1).copied().unwrap_or(0) };
+            if entry != L2Entry::default() {
+                self.l2_entry(index as u64, entry, uses, &mut expected);
+            }
+        }
+        Ok(())
+    }
+
+    /// `expected` is where the next cluster of the table lies if it is not fragmented.
+    fn l2_entry(&mut self, index: u64, entry: L2Entry, uses: Uses, expected: &mut Option<u64>) {
+        let (entry, objections) = without_what_does_not_matter(entry);
+        for what in objections {
+            self.report.corruption(uses.by_all, format!("ERROR L2 entry {:#018x} {what}", entry.word));
+        }
+        match entry.decode(self.header) {
+            Err(e) => self.report.corruption(uses.by_all, format!("ERROR {e}")),
+            Ok(Cluster::Compressed { at, size }) => {
+                self.report.allocated_clusters += uses.by_active;
+                self.report.compressed_clusters += uses.by_active;
+                // By nature: they do not begin where clusters do.
+                self.report.fragmented_clusters += uses.by_active;
+                self.add("compressed cluster", at.0, u64::from(size), uses.by_all);
+            }
+            Ok(Cluster::Standard(standard)) => {
+                if let Some(host) = standard.host {
+                    self.standard_cluster(index, entry, host.0, uses, expected);
+                }
+            }
+        }
+    }
+
+    fn standard_cluster(
+        &mut self,
+        index: u64,
+        entry: L2Entry,
+        host: u64,
+        uses: Uses,
+        expected: &mut Option<u64>,
+    ) {
+        self.report.allocated_clusters += uses.by_active;
+        if expected.is_some_and(|expected| expected != host) {
+            self.report.fragmented_clusters += uses.by_active;
+        }
+        *expected = Some(host + self.header.cluster_size());
+        if self.header.has_data_file() {
+            return;
+        }
+        self.add("cluster", host, self.header.cluster_size(), uses.by_all);
+        if uses.by_active > 0 {
+            self.copied_flag("L2 entry", index, entry.word, host, uses.by_active);
+        }
+    }
+
+    /// Bitmaps count only while the autoclear bit says that they are consistent with the image.
+    fn bitmaps(&mut self) -> Result<()> {
+        let extension = self.image.preamble().extensions.find(kind::BITMAPS);
+        let Some(extension) = extension.filter(|_| self.header.autoclear & autoclear::BITMAPS != 0) else {
+            return Ok(());
+        };
+        let directory = match Directory::decode(extension, self.header) {
+            Ok(directory) => directory,
+            Err(e) => {
+                self.report.corruption(1, format!("ERROR {e}"));
+                return Ok(());
+            }
+        };
+        self.add("bitmap directory", directory.offset, directory.size, 1);
+        let mut bytes = vec![0; directory.size as usize];
+        self.file.read_at(HostOffset(directory.offset), &mut bytes)?;
+        match directory.decode_entries(&bytes, self.header) {
+            Ok(bitmaps) => bitmaps.iter().try_for_each(|bitmap| self.bitmap(bitmap)),
+            Err(e) => {
+                self.report.corruption(1, format!("ERROR {e}"));
+                Ok(())
+            }
+        }
+    }
+
+    fn bitmap(&mut self, bitmap: &Bitmap) -> Result<()> {
+        let bytes = u64::from(bitmap.table_entries) * 8;
+        if !self.affords("a bitmap table", bytes) {
+            return Ok(());
+        }
+        self.add("bitmap table", bitmap.table_offset, bytes, 1);
+        let entries = u64::from(bitmap.table_entries);
+        for entry in read_words(self.file, HostOffset(bitmap.table_offset), entries)? {
+            match data_cluster(entry, self.header) {
+                Ok(None) => {}
+                Ok(Some(offset)) => self.add("bitmap data", offset, self.header.cluster_size(), 1),
+                Err(e) => self.report.corruption(1, format!("ERROR bitmap '{}': {e}", bitmap.name)),
+            }
+        }
+        Ok(())
+    }
+
+    fn refcount_structures(&mut self) -> Result<()> {
+        let bytes = u64::from(self.header.refcount_table_clusters) << self.header.cluster_bits;
+        self.add("refcount table", self.header.refcount_table_offset, bytes, 1);
+        let mut seen = HashSet::new();
+        for (index, block) in self.stored.blocks() {
+            if !block.is_multiple_of(self.header.cluster_size()) {
+                self.report
+                    .corruption(1, format!("ERROR refcount block {index} is not aligned to a cluster"));
+                continue;
+            }
+            if block >= self.file.size() {
+                self.report
+                    .corruption(1, format!("ERROR refcount block {index} lies past the end of the file"));
+                continue;
+            }
+            self.add("refcount block", block, self.header.cluster_size(), 1);
+            let uses = self.counts.of(block >> self.header.cluster_bits);
+            if uses != 1 || !seen.insert(block) {
+                let text = format!("ERROR refcount block {index} is used {uses} times");
+                self.report.corruption(1, text);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Takes out of an entry what is wrong in it but does not change what it points to, with the
+/// reasons.
+fn without_what_does_not_matter(entry: L2Entry) -> (L2Entry, Vec<&'static str>) {
+    let mut objections = Vec::new();
+    let mut word = entry.word;
+    if word & COMPRESSED == 0 && word & L2_RESERVED != 0 {
+        objections.push("has reserved bits set");
+        word &= !L2_RESERVED;
+    }
+    if word & COMPRESSED != 0 && word & COPIED != 0 {
+        objections.push("is compressed but marked as writable in place");
+        word &= !COPIED;
+    }
+    (L2Entry { word, ..entry }, objections)
+}

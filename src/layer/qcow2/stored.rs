@@ -1,0 +1,95 @@
+//! The refcounts that an image stores, read where they are needed.
+//!
+//! Reading only; whether they are right is judged elsewhere.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::header::Header;
+use super::table::read_words;
+use crate::error::{Error, Result};
+use crate::file::{HostFile, HostOffset};
+
+/// Blocks are read and remembered in pieces of at most this many bytes.
+const PIECE: u64 = 4096;
+/// So many pieces are remembered.
+const PIECES: usize = 1024;
+
+/// The refcount table of an image, and pieces of its blocks.
+pub struct StoredRefcounts<'a> {
+    file: &'a dyn HostFile,
+    header: &'a Header,
+    table: Box<[u64]>,
+    pieces: Mutex<HashMap<u64, Arc<[u8]>>>,
+}
+
+impl<'a> StoredRefcounts<'a> {
+    /// Reads the table.
+    pub fn read(file: &'a dyn HostFile, header: &'a Header) -> Result<Self> {
+        let words = u64::from(header.refcount_table_clusters) << header.cluster_bits >> 3;
+        let table = read_words(file, HostOffset(header.refcount_table_offset), words)?;
+        Ok(Self { file, header, table, pieces: Mutex::default() })
+    }
+
+    /// The largest refcount that the image can store.
+    pub fn max(&self) -> u64 {
+        u64::MAX >> (64 - (1 << self.header.refcount_order))
+    }
+
+    /// How many clusters the refcounts of one block stand for.
+    pub fn per_block(&self) -> u64 {
+        self.header.cluster_size() * 8 >> self.header.refcount_order
+    }
+
+    /// Index and host offset of each block that the table names.
+    pub fn blocks(&self) -> impl Iterator<Item = (u64, u64)> {
+        (0..).zip(self.table.iter().copied()).filter(|&(_, block)| block != 0)
+    }
+
+    /// The refcount of a cluster, `None` where the table entry for it is not valid.
+    pub fn of(&self, cluster: u64) -> Result<Option<u64>> {
+        let block = self.table.get((cluster / self.per_block()) as usize).copied().unwrap_or(0);
+        if block == 0 {
+            return Ok(Some(0));
+        }
+        if !block.is_multiple_of(self.header.cluster_size()) {
+            return Ok(None);
+        }
+        let bits = 1 << self.header.refcount_order;
+        let bit = cluster % self.per_block() * bits;
+        let piece_size = PIECE.min(self.header.cluster_size());
+        let at = block
+            .checked_add(bit / 8 / piece_size * piece_size)
+            .ok_or_else(|| Error::corrupt("a refcount block lies beyond any file"))?;
+        let piece = self.piece(at, piece_size)?;
+        Ok(Some(decode(&piece, self.header.refcount_order, bit % (piece_size * 8) / bits)))
+    }
+
+    fn piece(&self, at: u64, size: u64) -> Result<Arc<[u8]>> {
+        let mut pieces = self.pieces.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(piece) = pieces.get(&at) {
+            return Ok(piece.clone());
+        }
+        let mut bytes = vec![0; size as usize];
+        self.file.read_at(HostOffset(at), &mut bytes)?;
+        if pieces.len() == PIECES {
+            pieces.clear();
+        }
+        let piece: Arc<[u8]> = bytes.into();
+        pieces.insert(at, piece.clone());
+        Ok(piece)
+    }
+}
+
+/// The refcount with that index in the bytes of a block; those narrower than a byte fill it from
+/// its least significant bit (qcow2 specification, *Host cluster management*).
+pub fn decode(block: &[u8], order: u32, index: u64) -> u64 {
+    if order < 3 {
+        let bit = index << order;
+        let mask = (1u8 << (1 << order)) - 1;
+        return u64::from(block[(bit / 8) as usize] >> (bit % 8) & mask);
+    }
+    let width = 1usize << (order - 3);
+    let start = index as usize * width;
+    block[start..start + width].iter().fold(0, |value, &byte| value << 8 | u64::from(byte))
+}
