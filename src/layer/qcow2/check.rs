@@ -116,31 +116,33 @@ impl Comparison<'_> {
         let clusters = self.file.size().div_ceil(self.header.cluster_size());
         let per_block = self.stored.per_block();
         let mut seen = HashSet::new();
-        for (index, block) in self.stored.blocks() {
+        for (index, entry) in self.stored.entries() {
             let first = index * per_block;
             let end = clusters.min(first.saturating_add(per_block));
             if first >= end {
                 break;
             }
-            if !block.is_multiple_of(self.header.cluster_size()) {
-                let text = format!("Cannot tell the refcounts of clusters {first} to {}", end - 1);
-                self.report.check_error(end - first, text);
-            } else if block < self.file.size() && seen.insert(block) {
+            match self.stored.block(entry) {
                 // A block that stands for two ranges is an error already, and read only once.
-                self.unreferenced_in(block, first, end)?;
+                Some(block) if !seen.insert(block) => {}
+                Some(block) => self.unreferenced_in(block, first, end)?,
+                None => {
+                    let text = format!("Cannot tell the refcounts of clusters {first} to {}", end - 1);
+                    self.report.check_error(end - first, text);
+                }
             }
         }
         Ok(())
     }
 
-    fn unreferenced_in(&mut self, block: u64, first: u64, end: u64) -> Result<()> {
+    fn unreferenced_in(&mut self, block: HostOffset, first: u64, end: u64) -> Result<()> {
         let size = self.header.cluster_size();
-        let run = self.file.run_at(HostOffset(block), size)?;
+        let run = self.file.run_at(block, size)?;
         if !run.is_data && run.length >= size {
             return Ok(());
         }
         let mut bytes = vec![0; size as usize];
-        self.file.read_at(HostOffset(block), &mut bytes)?;
+        self.file.read_at(block, &mut bytes)?;
         for cluster in first..end {
             let stored = decode(&bytes, self.header.refcount_order, cluster - first);
             if stored > 0 {

@@ -113,9 +113,7 @@ impl L2Entry {
             return self.decode_compressed(header);
         }
         let extended = header.has_subclusters();
-        // The zero flag is reserved in version 2, and replaced by the bitmap in extended entries.
-        let zero_flag_is_reserved = extended || header.version < 3;
-        let reserved = if zero_flag_is_reserved { L2_RESERVED | ZERO } else { L2_RESERVED };
+        let reserved = L2_RESERVED | if header.has_zero_flag() { 0 } else { ZERO };
         if self.word & reserved != 0 {
             return Err(self.corrupt("has reserved bits set"));
         }

@@ -196,6 +196,12 @@ impl Header {
         self.incompatible & incompatible::EXTENDED_L2 != 0
     }
 
+    /// Whether the zero flag of an L2 entry means anything: version 2 has none, and extended
+    /// entries say it in their bitmap.
+    pub fn has_zero_flag(&self) -> bool {
+        self.version >= 3 && !self.has_subclusters()
+    }
+
     /// Whether guest data lies in an external file.
     pub fn has_data_file(&self) -> bool {
         self.incompatible & incompatible::DATA_FILE != 0

@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, HashSet};
 use super::bitmap::{Bitmap, Directory, data_cluster};
 use super::check::CheckReport;
 use super::counts::Counts;
-use super::entry::{COMPRESSED, COPIED, Cluster, L1_RESERVED, L2_RESERVED, L2Entry, OFFSET};
+use super::entry::{COMPRESSED, COPIED, Cluster, L1_RESERVED, L2_RESERVED, L2Entry, OFFSET, Standard, ZERO};
 use super::extension::kind;
 use super::header::{Header, autoclear};
 use super::snapshot::SnapshotTable;
@@ -79,25 +79,24 @@ impl<'a> Walk<'a> {
         Ok(self.counts)
     }
 
-    /// Counts `times` references to each cluster of a range.
-    fn add(&mut self, what: &str, offset: u64, size: u64, times: u64) {
-        if size == 0 {
-            return;
-        }
-        let last = offset.saturating_add(size - 1);
-        let end = self.file.size();
-        // The last cluster of a file need not be there in full.
-        if offset >= end || last >= end + self.header.cluster_size() {
+    /// Counts `times` references to each cluster of a range. A range that leaves the file is an
+    /// error and not counted; returns false.
+    fn add(&mut self, what: &str, offset: u64, size: u64, times: u64) -> bool {
+        let end = offset.saturating_add(size);
+        // The last cluster of a file need not be there, not even in part: it may never have been written.
+        if end >= self.file.size().saturating_add(self.header.cluster_size()) {
             let text = format!("ERROR {what} at {offset:#x}, {size} bytes: lies past the end of the file");
-            return self.report.corruption(times, text);
+            self.report.corruption(times, text);
+            return false;
         }
-        for cluster in offset >> self.header.cluster_bits..=last >> self.header.cluster_bits {
+        for cluster in offset >> self.header.cluster_bits..end.div_ceil(self.header.cluster_size()) {
             let excess = self.counts.add(cluster, times, self.stored.max());
             if excess > 0 {
                 let text = format!("ERROR cluster {cluster} is used more often than a refcount can say");
                 self.report.corruption(excess, text);
             }
         }
+        true
     }
 
     fn affords(&mut self, what: &str, bytes: u64) -> bool {
@@ -124,13 +123,13 @@ impl<'a> Walk<'a> {
             read_words(self.file, HostOffset(offset), u64::from(entries))?.iter().enumerate()
         {
             if *entry != 0 {
-                self.l1_entry(what, index, *entry, uses);
+                self.l1_entry(what, index, *entry, uses)?;
             }
         }
         Ok(())
     }
 
-    fn l1_entry(&mut self, what: &str, index: usize, entry: u64, uses: Uses) {
+    fn l1_entry(&mut self, what: &str, index: usize, entry: u64, uses: Uses) -> Result<()> {
         if entry & L1_RESERVED != 0 {
             let text = format!("ERROR {what}, entry {index}: {entry:#018x} has reserved bits set");
             self.report.corruption(uses.by_all, text);
@@ -142,18 +141,21 @@ impl<'a> Walk<'a> {
             self.report.corruption(uses.by_all, text);
         }
         if uses.by_active > 0 {
-            self.copied_flag("L1 entry", index as u64, entry, table, uses.by_active);
+            let refcount = self.stored.of(table >> self.header.cluster_bits)?;
+            self.copied_flag("L1 entry", index as u64, entry, refcount, uses.by_active);
         }
         if table < self.file.size() {
             let so_far = self.l2_tables.entry(table).or_default();
             so_far.by_active += uses.by_active;
             so_far.by_all += uses.by_all;
         }
+        Ok(())
     }
 
     /// The flag promises that a refcount is exactly one. Only the active tables keep it up to date.
-    fn copied_flag(&mut self, what: &str, index: u64, entry: u64, target: u64, times: u64) {
-        let Ok(Some(refcount)) = self.stored.of(target >> self.header.cluster_bits) else { return };
+    /// `refcount` is `None` where it cannot be told.
+    fn copied_flag(&mut self, what: &str, index: u64, entry: u64, refcount: Option<u64>, times: u64) {
+        let Some(refcount) = refcount else { return };
         if (refcount == 1) != (entry & COPIED != 0) {
             let text =
                 format!("ERROR {what} {index}: {entry:#018x} and refcount {refcount} contradict each other");
@@ -196,32 +198,57 @@ impl<'a> Walk<'a> {
         for (index, words) in words.chunks_exact(per_entry).enumerate() {
             let entry = L2Entry { word: words[0], bitmap: words.get(1).copied().unwrap_or(0) };
             if entry != L2Entry::default() {
-                self.l2_entry(index as u64, entry, uses, &mut expected);
+                self.l2_entry(index as u64, entry, uses, &mut expected)?;
             }
         }
         Ok(())
     }
 
     /// `expected` is where the next cluster of the table lies if it is not fragmented.
-    fn l2_entry(&mut self, index: u64, entry: L2Entry, uses: Uses, expected: &mut Option<u64>) {
-        let (entry, objections) = without_what_does_not_matter(entry);
+    fn l2_entry(&mut self, index: u64, found: L2Entry, uses: Uses, expected: &mut Option<u64>) -> Result<()> {
+        let (entry, objections) = self.without_what_does_not_matter(found);
         for what in objections {
-            self.report.corruption(uses.by_all, format!("ERROR L2 entry {:#018x} {what}", entry.word));
+            self.report.corruption(uses.by_all, format!("ERROR L2 entry {:#018x} {what}", found.word));
+        }
+        if entry.word & COMPRESSED != 0 {
+            self.compressed_cluster(entry, uses);
+            return Ok(());
         }
         match entry.decode(self.header) {
-            Err(e) => self.report.corruption(uses.by_all, format!("ERROR {e}")),
-            Ok(Cluster::Compressed { at, size }) => {
-                self.report.allocated_clusters += uses.by_active;
-                self.report.compressed_clusters += uses.by_active;
-                // By nature: they do not begin where clusters do.
-                self.report.fragmented_clusters += uses.by_active;
-                self.add("compressed cluster", at.0, u64::from(size), uses.by_all);
+            Ok(Cluster::Standard(Standard { host: Some(host), .. })) => {
+                self.standard_cluster(index, entry, host.0, uses, expected)
             }
-            Ok(Cluster::Standard(standard)) => {
-                if let Some(host) = standard.host {
-                    self.standard_cluster(index, entry, host.0, uses, expected);
+            Ok(_) => Ok(()),
+            Err(e) => {
+                self.report.corruption(uses.by_all, format!("ERROR {e}"));
+                // It is not to be used, but it keeps the clusters in use that it touches.
+                let touched = entry.word & OFFSET;
+                if touched.is_multiple_of(self.header.cluster_size()) {
+                    return Ok(());
+                }
+                self.standard_cluster(index, entry, touched, uses, expected)
+            }
+        }
+    }
+
+    fn compressed_cluster(&mut self, entry: L2Entry, uses: Uses) {
+        if !self.header.has_data_file() && entry.bitmap == 0 {
+            self.report.allocated_clusters += uses.by_active;
+            self.report.compressed_clusters += uses.by_active;
+            // By nature: they do not begin where clusters do.
+            self.report.fragmented_clusters += uses.by_active;
+        }
+        match entry.decode(self.header) {
+            Ok(Cluster::Compressed { at, size }) => {
+                let is_near = self.add("compressed cluster", at.0, u64::from(size), uses.by_all);
+                // Unlike other clusters it cannot be there without having been written.
+                if is_near && at.0 >= self.file.size() {
+                    let text = format!("ERROR compressed cluster at {at:#x}: lies past the end of the file");
+                    self.report.corruption(uses.by_all, text);
                 }
             }
+            Ok(Cluster::Standard(_)) => {}
+            Err(e) => self.report.corruption(uses.by_all, format!("ERROR {e}")),
         }
     }
 
@@ -232,19 +259,24 @@ impl<'a> Walk<'a> {
         host: u64,
         uses: Uses,
         expected: &mut Option<u64>,
-    ) {
+    ) -> Result<()> {
         self.report.allocated_clusters += uses.by_active;
         if expected.is_some_and(|expected| expected != host) {
             self.report.fragmented_clusters += uses.by_active;
         }
         *expected = Some(host + self.header.cluster_size());
-        if self.header.has_data_file() {
-            return;
+        if !self.header.has_data_file() {
+            self.add("cluster", host, self.header.cluster_size(), uses.by_all);
         }
-        self.add("cluster", host, self.header.cluster_size(), uses.by_all);
         if uses.by_active > 0 {
-            self.copied_flag("L2 entry", index, entry.word, host, uses.by_active);
+            // The clusters of an external data file have no refcounts: they count as one.
+            let refcount = match self.header.has_data_file() {
+                true => Some(1),
+                false => self.stored.of(host >> self.header.cluster_bits)?,
+            };
+            self.copied_flag("L2 entry", index, entry.word, refcount, uses.by_active);
         }
+        Ok(())
     }
 
     /// Bitmaps count only while the autoclear bit says that they are consistent with the image.
@@ -282,7 +314,9 @@ impl<'a> Walk<'a> {
         for entry in read_words(self.file, HostOffset(bitmap.table_offset), entries)? {
             match data_cluster(entry, self.header) {
                 Ok(None) => {}
-                Ok(Some(offset)) => self.add("bitmap data", offset, self.header.cluster_size(), 1),
+                Ok(Some(offset)) => {
+                    self.add("bitmap data", offset, self.header.cluster_size(), 1);
+                }
                 Err(e) => self.report.corruption(1, format!("ERROR bitmap '{}': {e}", bitmap.name)),
             }
         }
@@ -293,7 +327,7 @@ impl<'a> Walk<'a> {
         let bytes = u64::from(self.header.refcount_table_clusters) << self.header.cluster_bits;
         self.add("refcount table", self.header.refcount_table_offset, bytes, 1);
         let mut seen = HashSet::new();
-        for (index, block) in self.stored.blocks() {
+        for (index, block) in self.stored.entries() {
             if !block.is_multiple_of(self.header.cluster_size()) {
                 self.report
                     .corruption(1, format!("ERROR refcount block {index} is not aligned to a cluster"));
@@ -313,20 +347,29 @@ impl<'a> Walk<'a> {
         }
         Ok(())
     }
-}
 
-/// Takes out of an entry what is wrong in it but does not change what it points to, with the
-/// reasons.
-fn without_what_does_not_matter(entry: L2Entry) -> (L2Entry, Vec<&'static str>) {
-    let mut objections = Vec::new();
-    let mut word = entry.word;
-    if word & COMPRESSED == 0 && word & L2_RESERVED != 0 {
-        objections.push("has reserved bits set");
-        word &= !L2_RESERVED;
+    /// Takes out of an entry what is wrong in it but does not change what it points to, with the
+    /// reasons.
+    fn without_what_does_not_matter(&self, entry: L2Entry) -> (L2Entry, Vec<&'static str>) {
+        let mut objections = Vec::new();
+        let L2Entry { mut word, mut bitmap } = entry;
+        if word & COMPRESSED != 0 {
+            if word & COPIED != 0 {
+                objections.push("is compressed but marked as writable in place");
+                word &= !COPIED;
+            }
+            return (L2Entry { word, bitmap }, objections);
+        }
+        let reserved = L2_RESERVED | if self.header.has_zero_flag() { 0 } else { ZERO };
+        if word & reserved != 0 {
+            objections.push("has reserved bits set");
+            word &= !reserved;
+        }
+        // Without a host cluster, allocated subclusters are an error of their own.
+        if word & (OFFSET | COPIED) != 0 && bitmap & bitmap >> 32 & u64::from(u32::MAX) != 0 {
+            objections.push("calls a subcluster both allocated and zero");
+            bitmap &= u64::from(u32::MAX);
+        }
+        (L2Entry { word, bitmap }, objections)
     }
-    if word & COMPRESSED != 0 && word & COPIED != 0 {
-        objections.push("is compressed but marked as writable in place");
-        word &= !COPIED;
-    }
-    (L2Entry { word, ..entry }, objections)
 }

@@ -7,11 +7,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::header::Header;
 use super::table::read_words;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::file::{HostFile, HostOffset};
 
 /// Blocks are read and remembered in pieces of at most this many bytes.
 const PIECE: u64 = 4096;
+/// Bits of a refcount table entry that are not offset.
+const RESERVED: u64 = 0x1ff;
 /// So many pieces are remembered.
 const PIECES: usize = 1024;
 
@@ -41,28 +43,44 @@ impl<'a> StoredRefcounts<'a> {
         self.header.cluster_size() * 8 >> self.header.refcount_order
     }
 
-    /// Index and host offset of each block that the table names.
-    pub fn blocks(&self) -> impl Iterator<Item = (u64, u64)> {
-        (0..).zip(self.table.iter().copied()).filter(|&(_, block)| block != 0)
+    /// Index and content of each entry of the table that is not empty.
+    pub fn entries(&self) -> impl Iterator<Item = (u64, u64)> {
+        (0..).zip(self.table.iter().copied()).filter(|&(_, entry)| entry != 0)
     }
 
-    /// The refcount of a cluster, `None` where the table entry for it is not valid.
+    /// What is wrong with an entry of the table.
+    pub fn objection(&self, entry: u64) -> Option<&'static str> {
+        if entry & RESERVED != 0 {
+            Some("has reserved bits set")
+        } else if !entry.is_multiple_of(self.header.cluster_size()) {
+            Some("is not aligned to a cluster")
+        } else if entry >= self.file.size() {
+            Some("lies past the end of the file")
+        } else {
+            None
+        }
+    }
+
+    /// The block that an entry points to, `None` where there can be none. Past the end of the
+    /// file it reads as zeros.
+    pub fn block(&self, entry: u64) -> Option<HostOffset> {
+        let block = entry & !RESERVED;
+        let end = i64::try_from(block.saturating_add(self.header.cluster_size()));
+        (end.is_ok() && block.is_multiple_of(self.header.cluster_size())).then_some(HostOffset(block))
+    }
+
+    /// The refcount of a cluster, `None` where its block cannot be read.
     pub fn of(&self, cluster: u64) -> Result<Option<u64>> {
-        let block = self.table.get((cluster / self.per_block()) as usize).copied().unwrap_or(0);
-        if block == 0 {
+        let entry = self.table.get((cluster / self.per_block()) as usize).copied().unwrap_or(0);
+        if entry & !RESERVED == 0 {
             return Ok(Some(0));
         }
-        if !block.is_multiple_of(self.header.cluster_size()) {
-            return Ok(None);
-        }
+        let Some(block) = self.block(entry) else { return Ok(None) };
         let bits = 1 << self.header.refcount_order;
         let bit = cluster % self.per_block() * bits;
-        let piece_size = PIECE.min(self.header.cluster_size());
-        let at = block
-            .checked_add(bit / 8 / piece_size * piece_size)
-            .ok_or_else(|| Error::corrupt("a refcount block lies beyond any file"))?;
-        let piece = self.piece(at, piece_size)?;
-        Ok(Some(decode(&piece, self.header.refcount_order, bit % (piece_size * 8) / bits)))
+        let size = PIECE.min(self.header.cluster_size());
+        let piece = self.piece(block.0 + bit / 8 / size * size, size)?;
+        Ok(Some(decode(&piece, self.header.refcount_order, bit % (size * 8) / bits)))
     }
 
     fn piece(&self, at: u64, size: u64) -> Result<Arc<[u8]>> {
