@@ -2,4 +2,5 @@
 //!
 //! A test is drawn as the picture of its clusters and ends with an outside oracle.
 
+mod check;
 mod scratch;

@@ -6,8 +6,9 @@ use std::collections::HashSet;
 
 use super::counts::Counts;
 use super::header::Header;
+use super::refcount::read_refcount;
 use super::references::Walk;
-use super::stored::{StoredRefcounts, decode};
+use super::stored::StoredRefcounts;
 use super::{Layer, Qcow2};
 use crate::error::{Context, Result};
 use crate::file::{HostFile, HostOffset};
@@ -144,7 +145,7 @@ impl Comparison<'_> {
         let mut bytes = vec![0; size as usize];
         self.file.read_at(block, &mut bytes)?;
         for cluster in first..end {
-            let stored = decode(&bytes, self.header.refcount_order, cluster - first);
+            let stored = read_refcount(&bytes, self.header.refcount_order, cluster - first);
             if stored > 0 {
                 self.last = self.last.max(cluster);
                 if self.counts.of(cluster) == 0 {

@@ -328,14 +328,8 @@ impl<'a> Walk<'a> {
         self.add("refcount table", self.header.refcount_table_offset, bytes, 1);
         let mut seen = HashSet::new();
         for (index, block) in self.stored.entries() {
-            if !block.is_multiple_of(self.header.cluster_size()) {
-                self.report
-                    .corruption(1, format!("ERROR refcount block {index} is not aligned to a cluster"));
-                continue;
-            }
-            if block >= self.file.size() {
-                self.report
-                    .corruption(1, format!("ERROR refcount block {index} lies past the end of the file"));
+            if let Some(objection) = self.stored.objection(block) {
+                self.report.corruption(1, format!("ERROR refcount block {index} {objection}"));
                 continue;
             }
             self.add("refcount block", block, self.header.cluster_size(), 1);

@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::header::Header;
+use super::refcount::{max_refcount, read_refcount};
 use super::table::read_words;
 use crate::error::Result;
 use crate::file::{HostFile, HostOffset};
@@ -35,12 +36,12 @@ impl<'a> StoredRefcounts<'a> {
 
     /// The largest refcount that the image can store.
     pub fn max(&self) -> u64 {
-        u64::MAX >> (64 - (1 << self.header.refcount_order))
+        max_refcount(self.header.refcount_order)
     }
 
     /// How many clusters the refcounts of one block stand for.
     pub fn per_block(&self) -> u64 {
-        self.header.cluster_size() * 8 >> self.header.refcount_order
+        (self.header.cluster_size() * 8) >> self.header.refcount_order
     }
 
     /// Index and content of each entry of the table that is not empty.
@@ -80,7 +81,7 @@ impl<'a> StoredRefcounts<'a> {
         let bit = cluster % self.per_block() * bits;
         let size = PIECE.min(self.header.cluster_size());
         let piece = self.piece(block.0 + bit / 8 / size * size, size)?;
-        Ok(Some(decode(&piece, self.header.refcount_order, bit % (size * 8) / bits)))
+        Ok(Some(read_refcount(&piece, self.header.refcount_order, bit % (size * 8) / bits)))
     }
 
     fn piece(&self, at: u64, size: u64) -> Result<Arc<[u8]>> {
@@ -97,17 +98,4 @@ impl<'a> StoredRefcounts<'a> {
         pieces.insert(at, piece.clone());
         Ok(piece)
     }
-}
-
-/// The refcount with that index in the bytes of a block; those narrower than a byte fill it from
-/// its least significant bit (qcow2 specification, *Host cluster management*).
-pub fn decode(block: &[u8], order: u32, index: u64) -> u64 {
-    if order < 3 {
-        let bit = index << order;
-        let mask = (1u8 << (1 << order)) - 1;
-        return u64::from(block[(bit / 8) as usize] >> (bit % 8) & mask);
-    }
-    let width = 1usize << (order - 3);
-    let start = index as usize * width;
-    block[start..start + width].iter().fold(0, |value, &byte| value << 8 | u64::from(byte))
 }
