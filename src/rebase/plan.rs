@@ -74,7 +74,7 @@ impl<'a> Plan<'a> {
         let unit = self.overlay.unit();
         let mut found: Option<Range> = None;
         while self.at.0 < self.overlay.end() {
-            let limit = found.map_or(u64::MAX, |range| range.start.0 + self.piece);
+            let limit = found.map_or(u64::MAX, |range| self.boundary_behind(range.start));
             if self.at.0 >= limit {
                 break;
             }
@@ -91,11 +91,16 @@ impl<'a> Plan<'a> {
                 Some(range) if range.end >= start => range,
                 Some(_) => break,
             };
-            let end = (self.at.0 + length).next_multiple_of(unit).min(range.start.0 + self.piece);
+            let end = (self.at.0 + length).next_multiple_of(unit).min(self.boundary_behind(range.start));
             found = Some(Range { end: GuestOffset(end), ..range });
             self.at = GuestOffset(end);
         }
         Ok(found)
+    }
+
+    /// Pieces end at multiples of their size, so that two of them seldom share a cluster.
+    fn boundary_behind(&self, start: GuestOffset) -> u64 {
+        (start.0 / self.piece + 1) * self.piece
     }
 
     /// What metadata says of the bytes at `at`, and for how many of them.

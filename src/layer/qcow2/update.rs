@@ -278,23 +278,50 @@ impl Writer {
             })
         };
         let written = placed.and_then(|()| self.write_data(at, bytes, &placements));
-        let state = &mut *self.state();
-        if let Err(error) = written {
-            placements.iter().try_for_each(|placement| state.undo(placement))?;
-            return Err(error);
-        }
-        let mut copied = 0;
-        let mut last = None;
-        for placement in &placements {
-            state.stage(placement)?;
-            // Several placements of one guest cluster are one copy to the guest.
-            if last != Some(placement.at) {
-                copied += self.bytes_of(placement.subclusters);
+        let mut filled = Filled::default();
+        let overtaken = {
+            let state = &mut *self.state();
+            if let Err(error) = written {
+                placements.iter().try_for_each(|placement| state.undo(placement))?;
+                return Err(error);
             }
-            last = Some(placement.at);
+            self.stage_all(state, &placements, &mut filled)?
+        };
+        for cluster in overtaken {
+            let again = self.fill_part(cluster, at, bytes)?;
+            filled.copied += again.copied;
         }
+        Ok(filled)
+    }
+
+    /// Stages what was written. Returns the guest clusters of which another thread has changed
+    /// the entry meanwhile: these are to be filled again.
+    fn stage_all(
+        &self,
+        state: &mut State,
+        placements: &[Placement],
+        filled: &mut Filled,
+    ) -> Result<Vec<GuestOffset>> {
+        let mut overtaken = Vec::new();
+        let mut last = None;
+        for placement in placements {
+            if !state.stage(placement)? {
+                overtaken.push(placement.at);
+            } else if last.replace(placement.at) != Some(placement.at) {
+                // Several placements of one guest cluster are one copy to the guest.
+                filled.copied += self.bytes_of(placement.subclusters);
+            }
+        }
+        overtaken.dedup();
         self.commit_if_large(state)?;
-        Ok(Filled { copied, zeroed: 0 })
+        Ok(overtaken)
+    }
+
+    /// Fills the part of `[start, start + bytes)` that lies in one cluster.
+    fn fill_part(&self, cluster: GuestOffset, start: GuestOffset, bytes: &[u8]) -> Result<Filled> {
+        let from = cluster.max(start);
+        let end = (cluster + self.header().cluster_size()).min(start + bytes.len() as u64);
+        self.fill_data(from, &bytes[(from - start) as usize..(end - start) as usize])
     }
 
     /// The clusters that `[at, at + length)` touches, with the subclusters that lie in it.
@@ -383,15 +410,22 @@ impl State {
         Ok(table)
     }
 
-    /// Lets the L2 entries of a placement lead to its content, which has been written.
-    fn stage(&mut self, placement: &Placement) -> Result<()> {
+    /// Lets the L2 entries of a placement lead to its content, which has been written. If another
+    /// thread has changed one of them since, nothing is staged and the space given back: false.
+    fn stage(&mut self, placement: &Placement) -> Result<bool> {
+        for &table in &placement.tables {
+            if self.staged.entry(table, placement.at)? != placement.before {
+                self.undo(placement)?;
+                return Ok(false);
+            }
+        }
         for &table in &placement.tables {
             self.staged.set_entry(table, placement.at, placement.after)?;
         }
         if let Origin::CopyOf(old) = placement.origin {
             self.to_release.push((old, 1, placement.owners));
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Gives back what was allocated for a placement that failed.
