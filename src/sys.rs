@@ -2,16 +2,29 @@
 //! the crate. No policy: what the kernel answers is handed on as it is.
 #![allow(unsafe_code)]
 
+use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 /// The errno values that the rest of the crate names.
 pub mod errno {
     pub use libc::{
         EACCES, EAGAIN, EBUSY, EDQUOT, EFBIG, EINTR, EINVAL, EIO, EISDIR, ELOOP, ENAMETOOLONG, ENODEV,
-        ENOENT, ENOSPC, ENXIO, EOPNOTSUPP, EPERM, EROFS, ETXTBSY, EUCLEAN,
+        ENOENT, ENOSPC, ENOTCONN, ENXIO, EOPNOTSUPP, EPERM, EROFS, ETXTBSY, EUCLEAN,
     };
+}
+
+/// The numbers of the signals by which a user stops a program.
+pub mod signal {
+    pub use libc::{SIGHUP, SIGINT, SIGKILL, SIGQUIT, SIGTERM};
+}
+
+/// The ways to look for data and holes with `lseek(2)`.
+pub mod whence {
+    pub use libc::{SEEK_DATA, SEEK_HOLE};
 }
 
 /// `open(2)` flags for images: a FIFO or a device without a medium must not block the open, and
@@ -161,4 +174,16 @@ impl StopSignals {
         while unsafe { libc::sigwait(&raw const self.0, &raw mut signal) } != 0 {}
         signal
     }
+}
+
+/// Takes a mount out of the directory tree although it is in use (`MNT_DETACH`).
+pub fn detach_mount(mountpoint: &Path) -> io::Result<()> {
+    let path = CString::new(mountpoint.as_os_str().as_bytes())?;
+    // SAFETY: `path` is a string with a NUL at its end that outlives the call.
+    check(unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH) }).map(drop)
+}
+
+/// Major and minor number of a device, as `/sys` names it.
+pub fn device_numbers(device: u64) -> (u32, u32) {
+    (libc::major(device), libc::minor(device))
 }
