@@ -87,6 +87,12 @@ impl Opener {
         Self { forbidden_device: Some(device), ..self }
     }
 
+    /// The same policy with nothing open yet: what was opened by `self` is not kept open by it.
+    #[must_use]
+    pub fn renewed(&self) -> Self {
+        Self { cache: self.cache.clone(), open: Mutex::default(), ..*self }
+    }
+
     /// Whether it takes locks.
     pub fn takes_locks(&self) -> bool {
         self.locking
