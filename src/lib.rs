@@ -5,6 +5,7 @@ pub mod cli;
 pub mod error;
 pub mod file;
 pub mod layer;
+pub mod mount;
 pub mod rebase;
 mod sys;
 

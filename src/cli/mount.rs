@@ -1,15 +1,142 @@
-//! `rebasefs mount` (skeleton).
+//! `rebasefs mount`: check what was typed, mount, and serve: in the background, unless told
+//! otherwise.
 
+use std::fs::File;
+use std::io::{self, PipeReader, PipeWriter, Read, Write};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::thread;
 
-use clap::Args;
+use clap::{Args, value_parser};
 
+use super::options::Opening;
 use crate::error::{Error, Result};
+use crate::layer::Format;
+use crate::mount::{Mount, MountOptions};
+use crate::sys::{self, Fork};
 
-/// Not built yet.
+/// Mount the guest-visible bytes of an image as DIR/disk.raw, with control files in DIR/ctl
+///
+/// The command returns when the mount can be used; a server goes on in the background until
+/// `umount DIR` or SIGTERM.
 #[derive(Debug, Args)]
-pub(super) struct Arguments {}
+#[command(after_help = "\
+Example:
+  rebasefs mount cow.qcow2 mnt
+  sha256sum mnt/disk.raw
+  echo new.img > mnt/ctl/backing     # rebase; an empty line flattens
+  cat mnt/ctl/status
+  umount mnt")]
+pub(super) struct Arguments {
+    /// The image
+    #[arg(value_name = "IMAGE")]
+    image: PathBuf,
+    /// The directory to mount on
+    #[arg(value_name = "DIR")]
+    mountpoint: PathBuf,
+    /// Format of the image [default: recognised from the file]
+    #[arg(short, long, value_name = "FORMAT", value_parser = |name: &str| Format::from_name(name))]
+    format: Option<Format>,
+    /// Mount options, as for mount(8): allow_other, ro, fsname=NAME, …
+    #[arg(short, long = "options", value_name = "OPTION,…")]
+    options: Vec<MountOptions>,
+    /// Stay in the foreground, messages on standard error
+    #[arg(long)]
+    foreground: bool,
+    /// How many threads serve [default: one a processor, at least 2]
+    #[arg(long, value_name = "N", value_parser = value_parser!(u16).range(1..=256))]
+    threads: Option<u16>,
+    /// In the background, write messages to this file
+    #[arg(long, value_name = "FILE")]
+    log: Option<PathBuf>,
+    #[command(flatten)]
+    opening: Opening,
+}
 
-pub(super) fn run(_: Arguments) -> Result<ExitCode> {
-    Err(Error::unsupported("not built yet"))
+pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
+    if let Err(e) = sys::raise_open_file_limit() {
+        log::debug!("cannot raise the limit of open files: {e}");
+    }
+    let log = arguments.log.as_deref().map(open_log).transpose()?;
+    let foreground = arguments.foreground;
+    let mount = checked(arguments);
+    if foreground {
+        mount.start()?.serve()?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    in_background(mount, log)
+}
+
+fn checked(arguments: Arguments) -> Mount {
+    let processors = || thread::available_parallelism().map_or(2, |n| n.get().max(2));
+    Mount {
+        image: arguments.image,
+        format: arguments.format,
+        mountpoint: arguments.mountpoint,
+        opener: arguments.opening.opener(),
+        options: MountOptions::merged(arguments.options),
+        threads: arguments.threads.map_or_else(processors, usize::from),
+    }
+}
+
+fn open_log(path: &Path) -> Result<File> {
+    let file = File::options().create(true).append(true).open(path);
+    file.map_err(|e| Error::io(e, "cannot open the log").path(path))
+}
+
+/// Forks; the parent waits for the child to say how the mount went.
+fn in_background(mount: Mount, log: Option<File>) -> Result<ExitCode> {
+    let (reader, writer) = io::pipe().map_err(|e| Error::io(e, "cannot make a pipe"))?;
+    // There is no second thread yet.
+    match sys::fork().map_err(|e| Error::io(e, "cannot start the server"))? {
+        Fork::Parent => {
+            drop(writer);
+            hear(reader)
+        }
+        Fork::Child => {
+            drop(reader);
+            serve(mount, writer, log)
+        }
+    }
+}
+
+/// What the child says: this alone if the mount stands, else its error.
+const READY: &str = "\0";
+
+fn hear(mut reader: PipeReader) -> Result<ExitCode> {
+    let mut said = String::new();
+    reader.read_to_string(&mut said).map_err(|e| Error::io(e, "cannot hear from the server"))?;
+    match said.as_str() {
+        READY => return Ok(ExitCode::SUCCESS),
+        "" => eprintln!("rebasefs: the server ended without a word"),
+        error => eprintln!("rebasefs: {error}"),
+    }
+    Ok(ExitCode::FAILURE)
+}
+
+fn serve(mount: Mount, mut parent: PipeWriter, log: Option<File>) -> Result<ExitCode> {
+    let started = mount.start();
+    let said = started.as_ref().map_or_else(ToString::to_string, |_| READY.to_owned());
+    if started.is_ok() {
+        let detached = detach(log.as_ref());
+        detached.map_err(|e| Error::io(e, "cannot leave the terminal"))?;
+    }
+    // If the parent was killed meanwhile, there is nobody to tell.
+    let _ = parent.write_all(said.as_bytes());
+    drop(parent);
+    match started {
+        Ok(mounted) => mounted.serve().map(|()| ExitCode::SUCCESS),
+        Err(_) => Ok(ExitCode::FAILURE),
+    }
+}
+
+/// Lets go of the terminal and of the current directory. Messages go to `log`, if there is one.
+fn detach(log: Option<&File>) -> io::Result<()> {
+    let null = File::options().read(true).write(true).open("/dev/null")?;
+    let messages = log.unwrap_or(&null);
+    sys::redirect(null.as_fd(), 0)?;
+    sys::redirect(null.as_fd(), 1)?;
+    sys::redirect(messages.as_fd(), 2)?;
+    std::env::set_current_dir("/")
 }

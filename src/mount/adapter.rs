@@ -1,0 +1,321 @@
+//! FUSE requests → calls of [`View`] → replies. Decodes and encodes, decides nothing.
+
+use std::cell::RefCell;
+use std::ffi::OsStr;
+use std::io;
+use std::path::Path;
+use std::time::SystemTime;
+
+use fuser::{
+    BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
+    InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
+    ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs,
+    ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+};
+
+use super::control::Writer;
+use super::image::Seek;
+use super::tree::Inode;
+use super::view::{Attributes, Child, Pages, View};
+use crate::error::Error;
+use crate::sys::whence;
+
+/// The largest read that the kernel sends, in bytes: it has no more than 256 pages a request.
+const MAX_REQUEST: u32 = 1 << 20;
+
+/// Requests that the kernel may have under way ahead of need: readahead and direct I/O.
+const MAX_BACKGROUND: u16 = 64;
+
+/// The block size that `stat` and `statfs` show, in bytes.
+const BLOCK: u32 = 4096;
+
+/// A [`View`] as fuser wants it.
+pub(super) struct Adapter(pub(super) View);
+
+thread_local! {
+    /// What the last read of this thread was answered from, used again for the next.
+    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+fn errno(error: &Error) -> Errno {
+    Errno::from_i32(error.errno())
+}
+
+fn inode(number: INodeNo) -> Inode {
+    Inode(number.0)
+}
+
+fn file_type(is_directory: bool) -> FileType {
+    if is_directory { FileType::Directory } else { FileType::RegularFile }
+}
+
+impl Adapter {
+    fn attr(&self, shown: &Attributes) -> FileAttr {
+        let owner = self.0.ownership();
+        FileAttr {
+            ino: INodeNo(shown.inode.0),
+            size: shown.size,
+            blocks: shown.blocks,
+            atime: owner.modified,
+            mtime: owner.modified,
+            ctime: owner.modified,
+            crtime: owner.modified,
+            kind: file_type(shown.is_directory),
+            perm: shown.permissions,
+            nlink: shown.links,
+            uid: owner.user,
+            gid: owner.group,
+            rdev: 0,
+            blksize: BLOCK,
+            flags: 0,
+        }
+    }
+}
+
+impl Filesystem for Adapter {
+    fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        // Each is a wish; what the kernel does not offer, it goes without.
+        for wish in [InitFlags::FUSE_PARALLEL_DIROPS, InitFlags::FUSE_ASYNC_DIO] {
+            let _ = config.add_capabilities(wish);
+        }
+        let _ = config.set_max_write(MAX_REQUEST);
+        if let Err(most) = config.set_max_readahead(MAX_REQUEST) {
+            let _ = config.set_max_readahead(most);
+        }
+        let _ = config.set_max_background(MAX_BACKGROUND);
+        Ok(())
+    }
+
+    fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        match self.0.lookup(inode(parent), name) {
+            Ok(a) => reply.entry_with_ttls(&a.valid, &a.name_valid, &self.attr(&a), Generation(0)),
+            Err(e) => reply.error(errno(&e)),
+        }
+    }
+
+    fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        match self.0.attributes(inode(ino)) {
+            Ok(a) => reply.attr(&a.valid, &self.attr(&a)),
+            Err(e) => reply.error(errno(&e)),
+        }
+    }
+
+    fn setattr(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        _: Option<TimeOrNow>,
+        _: Option<TimeOrNow>,
+        _: Option<SystemTime>,
+        _: Option<FileHandle>,
+        _: Option<SystemTime>,
+        _: Option<SystemTime>,
+        _: Option<SystemTime>,
+        _: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        if mode.is_some() || uid.is_some() || gid.is_some() || size != Some(0) {
+            return reply.error(Errno::EPERM);
+        }
+        match self.0.truncate(inode(ino)) {
+            Ok(a) => reply.attr(&a.valid, &self.attr(&a)),
+            Err(e) => reply.error(errno(&e)),
+        }
+    }
+
+    fn open(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        match self.0.open(inode(ino)) {
+            Ok((handle, pages)) => reply.opened(FileHandle(handle), flags(pages)),
+            Err(e) => reply.error(errno(&e)),
+        }
+    }
+
+    fn read(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        size: u32,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        BUFFER.with_borrow_mut(|buffer| {
+            let size = size as usize;
+            if buffer.len() < size {
+                buffer.resize(size, 0);
+            }
+            match self.0.read(inode(ino), handle.0, offset, &mut buffer[..size]) {
+                Ok(length) => reply.data(&buffer[..length]),
+                Err(e) => reply.error(errno(&e)),
+            }
+        });
+    }
+
+    fn write(
+        &self,
+        request: &Request,
+        _: INodeNo,
+        handle: FileHandle,
+        _: u64,
+        data: &[u8],
+        _: WriteFlags,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let length = data.len() as u32;
+        let answer = move |result: Result<(), i32>| match result {
+            Ok(()) => reply.written(length),
+            Err(code) => reply.error(Errno::from_i32(code)),
+        };
+        self.0.write(handle.0, data, Writer(request.pid()), Box::new(answer));
+    }
+
+    fn flush(&self, request: &Request, _: INodeNo, handle: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        let answer = move |result: Result<(), i32>| match result {
+            Ok(()) => reply.ok(),
+            Err(code) => reply.error(Errno::from_i32(code)),
+        };
+        self.0.flush(handle.0, Writer(request.pid()), Box::new(answer));
+    }
+
+    fn release(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        handle: FileHandle,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        _: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.0.release(handle.0);
+        reply.ok();
+    }
+
+    fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        reply.ok();
+    }
+
+    fn readdir(&self, _: &Request, ino: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        let children = match self.0.list(inode(ino)) {
+            Ok(children) => children,
+            Err(e) => return reply.error(errno(&e)),
+        };
+        for (next, child) in (1..).zip(&children).skip(offset as usize) {
+            let Child { inode, name, is_directory } = *child;
+            if reply.add(INodeNo(inode.0), next, file_type(is_directory), name) {
+                break;
+            }
+        }
+        reply.ok();
+    }
+
+    fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
+        let blocks = self.0.disk_size().div_ceil(u64::from(BLOCK));
+        reply.statfs(blocks, 0, 0, 0, 0, BLOCK, 255, BLOCK);
+    }
+
+    fn lseek(&self, _: &Request, ino: INodeNo, _: FileHandle, offset: i64, how: i32, reply: ReplyLseek) {
+        let goal = match how {
+            whence::SEEK_DATA => Seek::Data,
+            whence::SEEK_HOLE => Seek::Hole,
+            _ => return reply.error(Errno::EINVAL),
+        };
+        match self.0.seek(inode(ino), u64::try_from(offset).unwrap_or(u64::MAX), goal) {
+            Ok(Some(found)) => reply.offset(found.cast_signed()),
+            Ok(None) => reply.error(Errno::ENXIO),
+            Err(e) => reply.error(errno(&e)),
+        }
+    }
+
+    // What follows does not exist here. fuser would write a warning for each.
+
+    fn getxattr(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, reply: ReplyXattr) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn listxattr(&self, _: &Request, _: INodeNo, _: u32, reply: ReplyXattr) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn setxattr(&self, _: &Request, _: INodeNo, _: &OsStr, _: &[u8], _: i32, _: u32, reply: ReplyEmpty) {
+        reply.error(Errno::EOPNOTSUPP);
+    }
+
+    fn removexattr(&self, _: &Request, _: INodeNo, _: &OsStr, reply: ReplyEmpty) {
+        reply.error(Errno::EOPNOTSUPP);
+    }
+
+    fn ioctl(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        _: IoctlFlags,
+        _: u32,
+        _: &[u8],
+        _: u32,
+        reply: ReplyIoctl,
+    ) {
+        reply.error(Errno::ENOTTY);
+    }
+
+    fn fallocate(&self, _: &Request, _: INodeNo, _: FileHandle, _: u64, _: u64, _: i32, reply: ReplyEmpty) {
+        reply.error(Errno::EOPNOTSUPP);
+    }
+
+    fn create(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, _: u32, _: i32, reply: ReplyCreate) {
+        reply.error(Errno::EPERM);
+    }
+
+    fn mknod(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, _: u32, _: u32, reply: ReplyEntry) {
+        reply.error(Errno::EPERM);
+    }
+
+    fn mkdir(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, _: u32, reply: ReplyEntry) {
+        reply.error(Errno::EPERM);
+    }
+
+    fn symlink(&self, _: &Request, _: INodeNo, _: &OsStr, _: &Path, reply: ReplyEntry) {
+        reply.error(Errno::EPERM);
+    }
+
+    fn link(&self, _: &Request, _: INodeNo, _: INodeNo, _: &OsStr, reply: ReplyEntry) {
+        reply.error(Errno::EPERM);
+    }
+
+    fn unlink(&self, _: &Request, _: INodeNo, _: &OsStr, reply: ReplyEmpty) {
+        reply.error(Errno::EPERM);
+    }
+
+    fn rmdir(&self, _: &Request, _: INodeNo, _: &OsStr, reply: ReplyEmpty) {
+        reply.error(Errno::EPERM);
+    }
+
+    fn rename(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: &OsStr,
+        _: INodeNo,
+        _: &OsStr,
+        _: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        reply.error(Errno::EPERM);
+    }
+}
+
+fn flags(pages: Pages) -> FopenFlags {
+    match pages {
+        Pages::Kept => FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH,
+        Pages::None => FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES,
+    }
+}

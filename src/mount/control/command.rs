@@ -1,0 +1,115 @@
+//! Bytes written to a control file → a command. Pure: opens nothing, runs nothing.
+
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+
+use crate::error::{Error, Result};
+use crate::layer::Reference;
+use crate::rebase::{Mode, Request};
+
+/// No command is longer, in bytes. A backing file name has at most 1023.
+const MAX_LENGTH: usize = 4096;
+
+/// What somebody wrote to a control file since it was opened, as far as it is not yet a command.
+#[derive(Debug, Default)]
+pub(super) struct Line {
+    bytes: Vec<u8>,
+}
+
+impl Line {
+    /// Takes what was written. The line, once its newline has come; what is refused is forgotten.
+    pub(super) fn push(&mut self, written: &[u8]) -> Result<Option<Vec<u8>>> {
+        self.bytes.extend_from_slice(written);
+        let end = self.bytes.iter().position(|&byte| byte == b'\n');
+        let length = end.unwrap_or(self.bytes.len());
+        let follows = end.map_or(0, |end| self.bytes.len() - end - 1);
+        if length > MAX_LENGTH {
+            self.bytes.clear();
+            return Err(Error::invalid(format!("a command has at most {MAX_LENGTH} bytes")));
+        }
+        if follows > 0 {
+            self.bytes.clear();
+            return Err(Error::invalid("something follows the newline")
+                .hint("one command a write; a name cannot contain a newline here"));
+        }
+        Ok(end.map(|end| {
+            let mut line = std::mem::take(&mut self.bytes);
+            line.truncate(end);
+            line
+        }))
+    }
+
+    /// The line that was written without a newline before the file was closed, if there is one.
+    pub(super) fn finish(&mut self) -> Option<Vec<u8>> {
+        (!self.bytes.is_empty()).then(|| std::mem::take(&mut self.bytes))
+    }
+}
+
+/// What a line in `ctl/backing` asks for: a safe rebase onto the file that it names, an empty
+/// one a flattening. Spaces belong to the name.
+pub(super) fn backing(line: Vec<u8>) -> Result<Request> {
+    if line.contains(&0) {
+        return Err(Error::invalid("the name contains a NUL byte"));
+    }
+    if line.last() == Some(&b'\r') {
+        return Err(Error::invalid("the name ends with a carriage return")
+            .hint("was the line written with the line ends of Windows? end it with a newline alone"));
+    }
+    let name = OsString::from_vec(line);
+    let backing = (!name.is_empty()).then_some(Reference { name, format: None });
+    Ok(Request { backing, mode: Mode::Safe })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn named(line: &[u8]) -> Option<OsString> {
+        backing(line.to_vec()).unwrap().backing.map(|reference| reference.name)
+    }
+
+    #[test]
+    fn a_newline_completes_what_came_in_pieces() {
+        let mut line = Line::default();
+        assert_eq!(line.push(b"new").unwrap(), None);
+        assert_eq!(line.push(b".img\n").unwrap(), Some(b"new.img".to_vec()));
+        assert_eq!(line.finish(), None);
+    }
+
+    #[test]
+    fn a_line_without_newline_is_complete_when_the_file_is_closed() {
+        let mut line = Line::default();
+        assert_eq!(line.finish(), None);
+        line.push(b"new.img").unwrap();
+        assert_eq!(line.finish(), Some(b"new.img".to_vec()));
+        assert_eq!(line.finish(), None);
+    }
+
+    #[test]
+    fn an_empty_line_flattens_but_nothing_at_all_does_nothing() {
+        let mut line = Line::default();
+        assert_eq!(line.push(b"\n").unwrap(), Some(Vec::new()));
+        assert_eq!(named(b""), None);
+        assert_eq!(line.push(b"").unwrap(), None);
+        assert_eq!(line.finish(), None);
+    }
+
+    #[test]
+    fn spaces_and_any_bytes_but_nul_belong_to_the_name() {
+        assert_eq!(named(b"  a b "), Some("  a b ".into()));
+        assert_eq!(named("ä.img".as_bytes()), Some("ä.img".into()));
+        assert_eq!(named(b"\xff"), Some(OsString::from_vec(vec![0xff])));
+        assert!(backing(b"a\0b".to_vec()).unwrap_err().to_string().contains("NUL"));
+        assert!(backing(b"a\r".to_vec()).unwrap_err().to_string().contains("line ends of Windows"));
+    }
+
+    #[test]
+    fn what_is_too_long_or_two_lines_is_refused_and_forgotten() {
+        let mut line = Line::default();
+        assert_eq!(line.push(&[b'a'; MAX_LENGTH]).unwrap(), None);
+        assert!(line.push(b"a").unwrap_err().to_string().contains("at most 4096"));
+        assert_eq!(line.finish(), None);
+        assert!(line.push(b"a\nb").unwrap_err().to_string().contains("follows the newline"));
+        assert_eq!(line.finish(), None);
+    }
+}

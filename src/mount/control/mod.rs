@@ -1,0 +1,183 @@
+//! Control files: bytes written to one → a command → a job on a worker thread, whose end is the
+//! answer to the write; and what can be read from one.
+//!
+//! Knows the image and the rebase engine, but neither inodes nor fuser. One job at a time.
+
+mod command;
+mod job;
+mod report;
+mod writer;
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::JoinHandle;
+
+use super::image::Image;
+use super::tree::ControlFile;
+use crate::chain::Opener;
+use crate::error::{Error, ErrorKind, Result};
+use crate::rebase::{Progress, Report, Request};
+use command::Line;
+pub(super) use writer::Writer;
+
+/// Gets what comes of a write: nothing, or an errno, the words to which are in `ctl/status`. May
+/// be called much later, from another thread.
+pub(super) type Answer = Box<dyn FnOnce(Result<(), i32>) + Send>;
+
+/// What all control files of a mount have in common.
+pub(super) struct Control {
+    image: Arc<Image>,
+    /// Why the image cannot be written, if so.
+    read_only: Option<Error>,
+    /// Set once the mount stands; there are no jobs before that.
+    mounted: OnceLock<Mounted>,
+    state: Mutex<State>,
+    /// How many jobs there have been: the incarnation of the control files, see
+    /// [`Inode`](super::tree::Inode).
+    jobs: AtomicU32,
+}
+
+/// What is known only when the mount stands.
+struct Mounted {
+    /// Opens new chains, and refuses files of our own mount.
+    opener: Opener,
+    /// Called when the chain has been replaced by one with the same bytes.
+    replaced: Box<dyn Fn() + Send + Sync>,
+}
+
+#[derive(Default)]
+struct State {
+    running: Option<Arc<Running>>,
+    worker: Option<JoinHandle<()>>,
+    last: Option<Outcome>,
+    /// Why a command was turned away while another ran.
+    refused: Option<String>,
+    is_closed: bool,
+}
+
+struct Running {
+    request: Request,
+    progress: Progress,
+}
+
+/// What came of a command.
+struct Outcome {
+    /// What was asked for; `None` if it could not be understood.
+    request: Option<Request>,
+    result: Result<Report>,
+}
+
+/// One opening of a control file: what was written to it, and what is being read from it.
+#[derive(Debug)]
+pub(super) struct Opened {
+    file: ControlFile,
+    line: Line,
+    text: Option<Vec<u8>>,
+}
+
+impl Opened {
+    pub(super) fn new(file: ControlFile) -> Self {
+        Self { file, line: Line::default(), text: None }
+    }
+}
+
+impl Control {
+    /// The control files of `image`, which was opened for reading only because of `read_only`.
+    pub(super) fn new(image: Arc<Image>, read_only: Option<Error>) -> Self {
+        Self { image, read_only, mounted: OnceLock::new(), state: Mutex::default(), jobs: AtomicU32::new(0) }
+    }
+
+    /// Lets jobs run from now on: `opener` opens their files, `replaced` is called whenever the
+    /// image has another chain.
+    pub(super) fn start(&self, opener: Opener, replaced: impl Fn() + Send + Sync + 'static) {
+        let mounted = Mounted { opener, replaced: Box::new(replaced) };
+        assert!(self.mounted.set(mounted).is_ok(), "a mount is made once");
+    }
+
+    /// Stops the running job, waits for it to end, and accepts no other.
+    pub(super) fn close(&self) {
+        let mut state = self.state();
+        state.is_closed = true;
+        if let Some(running) = &state.running {
+            running.progress.cancel();
+        }
+        let worker = state.worker.take();
+        drop(state);
+        // A worker that panicked has nothing more to say than its message.
+        worker.map(JoinHandle::join);
+    }
+
+    /// Whether the image can be written.
+    pub(super) fn is_writable(&self) -> bool {
+        self.read_only.is_none()
+    }
+
+    /// Another number for each job that has begun.
+    pub(super) fn incarnation(&self) -> u32 {
+        self.jobs.load(Ordering::Acquire)
+    }
+
+    /// Fills `buffer` from `offset` on with what the file says; from its beginning, with what it
+    /// says now.
+    pub(super) fn read(&self, opened: &mut Opened, offset: u64, buffer: &mut [u8]) -> usize {
+        if offset == 0 {
+            opened.text = None;
+        }
+        let text = opened.text.get_or_insert_with(|| self.text(opened.file));
+        let start = usize::try_from(offset).map_or(text.len(), |offset| offset.min(text.len()));
+        let length = buffer.len().min(text.len() - start);
+        buffer[..length].copy_from_slice(&text[start..start + length]);
+        length
+    }
+
+    fn text(&self, file: ControlFile) -> Vec<u8> {
+        let chain = self.image.chain();
+        match file {
+            ControlFile::Backing => report::backing(&chain),
+            ControlFile::Chain => report::chain(&chain),
+            ControlFile::Status => {
+                let state = self.state();
+                let running = state.running.as_ref().map(|running| (&running.request, &running.progress));
+                report::status(&chain, running, state.last.as_ref(), state.refused.as_deref())
+            }
+            ControlFile::Cancel => Vec::new(),
+        }
+    }
+
+    /// Takes bytes written to a control file. `answer` is called when the command that they
+    /// complete has ended; at once, if they complete none.
+    pub(super) fn write(self: &Arc<Self>, opened: &mut Opened, bytes: &[u8], writer: Writer, answer: Answer) {
+        match opened.file {
+            ControlFile::Cancel => {
+                self.cancel();
+                answer(Ok(()));
+            }
+            ControlFile::Backing => match opened.line.push(bytes) {
+                Ok(None) => answer(Ok(())),
+                Ok(Some(line)) => self.submit(command::backing(line), writer, answer),
+                Err(e) => self.submit(Err(e), writer, answer),
+            },
+            ControlFile::Chain | ControlFile::Status => {
+                answer(Err(ErrorKind::PermissionDenied.errno()));
+            }
+        }
+    }
+
+    /// Takes the closing of a control file, which completes a command written without a newline.
+    pub(super) fn flush(self: &Arc<Self>, opened: &mut Opened, writer: Writer, answer: Answer) {
+        match opened.line.finish() {
+            None => answer(Ok(())),
+            Some(line) => self.submit(command::backing(line), writer, answer),
+        }
+    }
+
+    fn cancel(&self) {
+        if let Some(running) = &self.state().running {
+            running.progress.cancel();
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,142 @@
+//! What the control files say: text of lines. Pure: state → text.
+
+use std::fmt::Display;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use super::Outcome;
+use crate::chain::Chain;
+use crate::error::ErrorKind;
+use crate::rebase::{Phase, Progress, Request};
+
+/// `ctl/backing`: the backing file as the header names it, byte for byte; empty if there is none.
+pub(super) fn backing(chain: &Chain) -> Vec<u8> {
+    let Some(reference) = chain.top().and_then(|top| top.backing()) else { return Vec::new() };
+    [reference.name.as_bytes(), b"\n"].concat()
+}
+
+/// `ctl/chain`: a line a layer with depth, format, virtual size in bytes, and file. The file
+/// comes last, since it may contain spaces.
+pub(super) fn chain(chain: &Chain) -> Vec<u8> {
+    let lines = chain.layers().iter().enumerate().map(|(depth, layer)| {
+        let file = one_line(&layer.file().path().display().to_string());
+        format!("{depth} {} {} {file}\n", layer.format(), layer.virtual_size())
+    });
+    lines.collect::<String>().into_bytes()
+}
+
+/// `ctl/status`: lines of `key: value`.
+pub(super) fn status(
+    chain: &Chain,
+    running: Option<(&Request, &Progress)>,
+    last: Option<&Outcome>,
+    refused: Option<&str>,
+) -> Vec<u8> {
+    let mut lines = Lines::default();
+    lines.add("state", state(running.is_some(), last));
+    if let Some((request, progress)) = running {
+        lines.add("request", asked_for(request));
+        lines.add("phase", progress.phase().word());
+        lines.add("bytes-done", progress.done());
+        lines.add("bytes-total", progress.total());
+    }
+    let backing = chain.top().and_then(|top| top.backing());
+    lines.add("backing", backing.map_or(String::new(), |backing| backing.name.display().to_string()));
+    if running.is_none() {
+        last.into_iter().for_each(|last| lines.outcome(last));
+    }
+    refused.into_iter().for_each(|why| lines.add("refused", why));
+    lines.0.into_bytes()
+}
+
+fn state(is_running: bool, last: Option<&Outcome>) -> &'static str {
+    match last {
+        _ if is_running => "running",
+        None => "idle",
+        Some(Outcome { result: Ok(_), .. }) => "done",
+        Some(Outcome { result: Err(e), .. }) if e.kind() == ErrorKind::Cancelled => "cancelled",
+        Some(_) => "failed",
+    }
+}
+
+/// What was asked for, in words that can be read in a sentence.
+pub(super) fn asked_for(request: &Request) -> String {
+    match &request.backing {
+        Some(backing) => format!("rebase onto '{}'", Path::new(&backing.name).display()),
+        None => "flatten".to_owned(),
+    }
+}
+
+#[derive(Default)]
+struct Lines(String);
+
+impl Lines {
+    fn add(&mut self, key: &str, value: impl Display) {
+        let value = one_line(&value.to_string());
+        let space = if value.is_empty() { "" } else { " " };
+        self.0.extend([key, ":", space, &value, "\n"]);
+    }
+
+    fn outcome(&mut self, outcome: &Outcome) {
+        if let Some(request) = &outcome.request {
+            self.add("request", asked_for(request));
+        }
+        match &outcome.result {
+            Ok(report) => {
+                self.add("phase", Phase::Done.word());
+                self.add("bytes-missing", report.missing);
+                self.add("bytes-equal", report.equal);
+                self.add("bytes-compared", report.compared);
+                self.add("bytes-copied", report.copied);
+                self.add("bytes-zeroed", report.zeroed);
+            }
+            Err(error) => self.add("error", error),
+        }
+    }
+}
+
+/// A name may contain a newline; a line may not.
+fn one_line(text: &str) -> String {
+    let is_harmful = |c: char| c.is_control() && c != '\t';
+    if !text.contains(is_harmful) {
+        return text.to_owned();
+    }
+    text.chars().flat_map(|c| if is_harmful(c) { c.escape_default().collect() } else { vec![c] }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Error;
+    use crate::layer::Reference;
+    use crate::rebase::{Mode, Report};
+
+    fn request(name: &str) -> Request {
+        let backing = (!name.is_empty()).then(|| Reference { name: name.into(), format: None });
+        Request { backing, mode: Mode::Safe }
+    }
+
+    fn text(running: Option<(&Request, &Progress)>, last: Option<&Outcome>) -> String {
+        String::from_utf8(status(&Chain::default(), running, last, None)).unwrap()
+    }
+
+    #[test]
+    fn status_tells_what_runs_or_what_came_of_it() {
+        assert_eq!(text(None, None), "state: idle\nbacking:\n");
+        let (asked, progress) = (request("new.img"), Progress::default());
+        let running = text(Some((&asked, &progress)), None);
+        assert!(
+            running
+                .starts_with("state: running\nrequest: rebase onto 'new.img'\nphase: plan\nbytes-done: 0\n")
+        );
+        let done = Outcome { request: Some(request("")), result: Ok(Report::default()) };
+        assert!(text(None, Some(&done)).contains("state: done\nbacking:\nrequest: flatten\nphase: done\n"));
+    }
+
+    #[test]
+    fn a_failure_fits_one_line_whatever_the_name() {
+        let failed = Outcome { request: None, result: Err(Error::invalid("bad").path("a\nstate: done")) };
+        let text = text(None, Some(&failed));
+        assert_eq!(text, "state: failed\nbacking:\nerror: a\\nstate: done: bad\n");
+    }
+}

@@ -1,0 +1,100 @@
+//! The mounted view: one flat raw file with the guest-visible bytes, and control files to look
+//! into the chain and to change it.
+//!
+//! [`Mount`] says what to mount where; [`Mount::start`] makes it, [`Mounted::serve`] lives with
+//! it. `adapter` is all that knows FUSE requests; `view` is the file system without them, made of
+//! `tree` (names), `image` (a chain as a flat file) and `control` (commands and jobs).
+
+mod adapter;
+mod control;
+mod image;
+mod options;
+mod point;
+mod session;
+mod tree;
+mod view;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use crate::chain::{Chain, Opener};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::file::Access;
+use crate::layer::Format;
+use crate::sys;
+use control::Control;
+use image::Image;
+pub use options::MountOptions;
+use view::{Ownership, View};
+
+/// What to mount, where, and how.
+#[derive(Debug)]
+pub struct Mount {
+    /// The image, as typed: names in it are resolved against this path's directory.
+    pub image: PathBuf,
+    /// Its format; recognised, if not given.
+    pub format: Option<Format>,
+    /// The directory to mount on.
+    pub mountpoint: PathBuf,
+    /// What opens the image, and later each new chain.
+    pub opener: Opener,
+    /// What follows `-o`.
+    pub options: MountOptions,
+    /// How many threads serve, at least 1.
+    pub threads: usize,
+}
+
+/// A mount that stands: it can be used from now on, and [`serve`](Self::serve) keeps it.
+pub struct Mounted(session::Mounted);
+
+impl Mount {
+    /// Opens the image and mounts it. Blocks SIGINT, SIGTERM and SIGHUP in the calling thread.
+    ///
+    /// # Errors
+    /// The image or one below it cannot be opened, or the mount point will not do.
+    pub fn start(self) -> Result<Mounted> {
+        let image = point::absolute(&self.image)?;
+        let mountpoint = point::check(&point::absolute(&self.mountpoint)?, &image)?;
+        let config = self.options.config(&image, self.threads.max(1))?;
+        let (chain, read_only) = open(&self.opener, &image, self.format)?;
+        let ownership = ownership(&image)?;
+        let disk = Arc::new(Image::new(chain));
+        let control = Arc::new(Control::new(disk.clone(), read_only));
+        let view = View::new(disk, control.clone(), ownership);
+        session::mount(view, control, self.opener.renewed(), mountpoint, &config).map(Mounted)
+    }
+}
+
+impl Mounted {
+    /// Serves until the file system is unmounted or a signal asks to end (SIGINT, SIGTERM,
+    /// SIGHUP). Then it stops a running rebase, waits for it, and takes the mount down.
+    ///
+    /// # Errors
+    /// The mount cannot be taken down, or its connection broke.
+    pub fn serve(self) -> Result<()> {
+        self.0.serve()
+    }
+}
+
+/// Opens the chain for writing to its top; for reading, if the file system or its permissions
+/// forbid more, together with why.
+fn open(opener: &Opener, image: &std::path::Path, format: Option<Format>) -> Result<(Chain, Option<Error>)> {
+    let doing = || format!("opening '{}'", image.display());
+    match opener.chain(image, format, Access::ReadWrite) {
+        Ok(chain) => Ok((chain, None)),
+        Err(why) if matches!(why.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnly) => {
+            let chain = opener.chain(image, format, Access::ReadOnly).doing(doing)?;
+            Ok((chain, Some(why)))
+        }
+        Err(e) => Err(e.doing(doing())),
+    }
+}
+
+fn ownership(image: &std::path::Path) -> Result<Ownership> {
+    let metadata = image.metadata().map_err(|e| Error::io(e, "cannot stat").path(image))?;
+    let (user, group) = sys::effective_ids();
+    // A file system without modification times has the beginning of time.
+    let modified = metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+    Ok(Ownership { user, group, modified })
+}

@@ -1,0 +1,160 @@
+//! The life of a mount: make it, wait until somebody ends it, take it down and let what runs stop
+//! cleanly.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread;
+use std::time::Duration;
+
+use fuser::{Config, INodeNo, Notifier, Session, SessionUnmounter};
+
+use super::adapter::Adapter;
+use super::control::Control;
+use super::tree::Inode;
+use super::view::View;
+use crate::chain::Opener;
+use crate::error::{Error, ErrorKind, Result};
+use crate::sys::{self, StopSignals};
+
+/// How far the kernel reads ahead of a sequential reader, in KiB. Its own default is 128.
+const READ_AHEAD: u32 = 1024;
+
+/// After the mount is gone, threads get so long to notice.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// Why a mount ends.
+enum End {
+    /// This signal came.
+    Signal(i32),
+    /// The kernel has let go of it: `umount`, or its connection was aborted.
+    Gone(io::Result<()>),
+}
+
+/// A mount that stands.
+pub(super) struct Mounted {
+    mountpoint: PathBuf,
+    control: Arc<Control>,
+    unmounter: SessionUnmounter,
+    ends: Receiver<End>,
+}
+
+/// Mounts `view` on the real path `mountpoint` and lets it be used.
+pub(super) fn mount(
+    view: View,
+    control: Arc<Control>,
+    opener: Opener,
+    mountpoint: PathBuf,
+    config: &Config,
+) -> Result<Mounted> {
+    // Before the first thread starts, so that all have them blocked.
+    let signals = StopSignals::block().map_err(|e| Error::io(e, "cannot block signals"))?;
+    let mut session =
+        Session::new(Adapter(view), &mountpoint, config).map_err(|e| cannot_mount(e, &mountpoint))?;
+    let unmounter = session.unmount_callable();
+    let notifier = session.notifier();
+    let (sender, ends) = channel();
+    start("serve", {
+        let sender = sender.clone();
+        move || drop(sender.send(End::Gone(session.run())))
+    })?;
+    start("signals", move || wait_for_signals(&signals, &sender))?;
+    // Our own mount can be looked at only now that others serve it.
+    let device = std::fs::metadata(&mountpoint)
+        .map_err(|e| Error::io(e, "cannot stat the mount").path(&mountpoint))?;
+    read_ahead(device.dev());
+    control.start(opener.forbid_device(device.dev()), move || forget_attributes(&notifier));
+    Ok(Mounted { mountpoint, control, unmounter, ends })
+}
+
+impl Mounted {
+    /// Serves until `umount` or a signal, then takes the mount down.
+    pub(super) fn serve(mut self) -> Result<()> {
+        let end = self.ends.recv();
+        self.control.close();
+        match end {
+            Ok(End::Gone(result)) => {
+                result.map_err(|e| Error::io(e, "serving the mount").path(&self.mountpoint))
+            }
+            Ok(End::Signal(signal)) => {
+                log::info!("signal {signal}: unmounting {}", self.mountpoint.display());
+                self.take_down()
+            }
+            Err(_) => Ok(()),
+        }
+    }
+
+    fn take_down(&mut self) -> Result<()> {
+        match self.unmounter.unmount() {
+            Ok(()) => {}
+            // In use: nobody finds it any more, and who holds a file in it gets errors from it.
+            Err(_) => {
+                let detached = sys::detach_mount(&self.mountpoint);
+                detached.map_err(|e| Error::io(e, "cannot unmount").path(&self.mountpoint))?;
+            }
+        }
+        // Another name space or an open file can hold the mount for ever; we do not wait for that.
+        while let Ok(end) = self.ends.recv_timeout(FAREWELL) {
+            if matches!(end, End::Gone(_)) {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn wait_for_signals(signals: &StopSignals, ends: &Sender<End>) {
+    while ends.send(End::Signal(signals.wait())).is_ok() {}
+}
+
+fn start(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
+    let thread = thread::Builder::new().name(name.to_owned()).spawn(work);
+    thread.map(drop).map_err(|e| Error::io(e, "cannot start a thread"))
+}
+
+/// The data of the disk stay what they are, but where its holes are can change.
+fn forget_attributes(notifier: &Notifier) {
+    let (attributes_only, nothing) = (-1, 0);
+    if let Err(e) = notifier.inval_inode(INodeNo(Inode::DISK.0), attributes_only, nothing) {
+        log::debug!("the kernel does not know disk.raw: {e}");
+    }
+}
+
+/// Lets the kernel read further ahead; only root can, and nothing is lost if not.
+fn read_ahead(device: u64) {
+    let (major, minor) = sys::device_numbers(device);
+    let path = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
+    let written = File::options().write(true).open(&path).and_then(|mut file| write!(file, "{READ_AHEAD}"));
+    if let Err(e) = written {
+        log::debug!("{path}: {e}");
+    }
+}
+
+fn cannot_mount(error: io::Error, mountpoint: &Path) -> Error {
+    let hint = if !Path::new("/dev/fuse").exists() {
+        Some("there is no /dev/fuse: load it with `modprobe fuse`")
+    } else if error.kind() == io::ErrorKind::NotFound {
+        Some("only root can mount without fusermount3: install fuse3")
+    } else if error.to_string().contains("user_allow_other") {
+        Some("add the line user_allow_other to /etc/fuse.conf")
+    } else if error.raw_os_error() == Some(sys::errno::EACCES) {
+        Some("is /dev/fuse readable and writable for you?")
+    } else {
+        None
+    };
+    let error = match error.raw_os_error() {
+        Some(_) => Error::io(error, "cannot mount"),
+        // fusermount3's own words, which end with a newline.
+        None => {
+            Error::new(ErrorKind::PermissionDenied, format!("cannot mount: {}", error.to_string().trim()))
+        }
+    };
+    let error = error.path(mountpoint);
+    match hint {
+        Some(hint) => error.hint(hint),
+        None => error,
+    }
+}
