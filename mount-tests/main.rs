@@ -2,5 +2,10 @@
 //!
 //! A test is drawn as the picture of its clusters and ends with an outside oracle.
 
+// A test that cannot go on panics, in its helpers too.
+#![allow(clippy::unwrap_used)]
+
 mod check;
+mod mount;
+mod mounted;
 mod scratch;

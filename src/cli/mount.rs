@@ -65,7 +65,7 @@ pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
         mount.start()?.serve()?;
         return Ok(ExitCode::SUCCESS);
     }
-    in_background(mount, log)
+    in_background(mount, log.as_ref())
 }
 
 fn checked(arguments: Arguments) -> Mount {
@@ -86,7 +86,7 @@ fn open_log(path: &Path) -> Result<File> {
 }
 
 /// Forks; the parent waits for the child to say how the mount went.
-fn in_background(mount: Mount, log: Option<File>) -> Result<ExitCode> {
+fn in_background(mount: Mount, log: Option<&File>) -> Result<ExitCode> {
     let (reader, writer) = io::pipe().map_err(|e| Error::io(e, "cannot make a pipe"))?;
     // There is no second thread yet.
     match sys::fork().map_err(|e| Error::io(e, "cannot start the server"))? {
@@ -115,11 +115,11 @@ fn hear(mut reader: PipeReader) -> Result<ExitCode> {
     Ok(ExitCode::FAILURE)
 }
 
-fn serve(mount: Mount, mut parent: PipeWriter, log: Option<File>) -> Result<ExitCode> {
+fn serve(mount: Mount, mut parent: PipeWriter, log: Option<&File>) -> Result<ExitCode> {
     let started = mount.start();
     let said = started.as_ref().map_or_else(ToString::to_string, |_| READY.to_owned());
     if started.is_ok() {
-        let detached = detach(log.as_ref());
+        let detached = detach(log);
         detached.map_err(|e| Error::io(e, "cannot leave the terminal"))?;
     }
     // If the parent was killed meanwhile, there is nobody to tell.
