@@ -8,4 +8,5 @@
 mod check;
 mod mount;
 mod mounted;
+mod rebase;
 mod scratch;

@@ -164,6 +164,9 @@ pub trait Overlay: Send + Sync {
     /// The end of the largest view in bytes: the virtual size, or that of a larger snapshot.
     fn end(&self) -> u64;
 
+    /// Refuses, before the first [`fill`](Self::fill), an image whose tables cannot be trusted.
+    fn check_tables(&self) -> Result<()>;
+
     /// Whether some view falls through to the backing file at `at`, and for how long the answer
     /// holds, at most `length` (≥ 1) bytes.
     fn missing_at(&self, at: GuestOffset, length: u64) -> Result<Missing>;

@@ -76,7 +76,10 @@ pub fn rebase(
 
     let lock = WriteLock::take(top, opener)?;
     let report = match request.mode {
-        Mode::Safe => copy::copy_differences(&writer, &chain.below(0), &target.chain, progress)?,
+        Mode::Safe => {
+            writer.check_tables()?;
+            copy::copy_differences(&writer, &chain.below(0), &target.chain, progress)?
+        }
         Mode::Unsafe => Report::default(),
     };
     progress.enter(Phase::Swap);

@@ -11,13 +11,16 @@ use super::header::{Header, autoclear, field, incompatible};
 use super::refcount::{Refcounts, Write};
 use super::staged::{Staged, View};
 use super::swap;
-use super::{Preamble, Qcow2};
+use super::{Preamble, Qcow2, check};
 use crate::error::{Context, Error, Result};
 use crate::file::{HostFile, HostOffset};
 use crate::layer::{Content, Detail, ExtentKind, Filled, GuestOffset, Layer, Missing, Overlay, Reference};
 
 /// Metadata that waits in memory is written when it reaches so many bytes.
 const STAGED_BUDGET: usize = 8 << 20;
+
+/// What to do about an image that must not be written.
+const REPAIR: &str = "repair it with `qemu-img check -r all` first";
 
 /// A qcow2 image that is being written: the active disk and all internal snapshots at once.
 #[derive(Debug)]
@@ -83,7 +86,7 @@ impl Writer {
     /// Takes an image, opened for writing, as overlay. Refuses what must not be written.
     pub fn open(image: &Qcow2) -> Result<Self> {
         let preamble = image.preamble().clone();
-        refuse_unsafe_state(&preamble.header).path(image.file().path())?;
+        refuse_corrupt(&preamble.header).path(image.file().path())?;
         let mut views = vec![image.clone()];
         let mut tables = vec![view(HostOffset(preamble.header.l1_offset), image)];
         for snapshot in image.snapshots()? {
@@ -210,10 +213,7 @@ impl Writer {
             return Ok(());
         }
         let what = format!("an L2 table is used {owners} times, but its refcount is {count}");
-        Err(Error::corrupt(what)
-            .path(self.file.path())
-            .offset(table.0)
-            .hint("repair the image with `qemu-img check -r all` first"))
+        Err(Error::corrupt(what).path(self.file.path()).offset(table.0).hint(REPAIR))
     }
 
     /// Writes the content of a fill to its placements: neighbours in one go.
@@ -451,6 +451,23 @@ impl Overlay for Writer {
         self.views.iter().map(Layer::virtual_size).max().unwrap_or(0)
     }
 
+    /// A cluster that is in use although its refcount says that it is free would be overwritten.
+    fn check_tables(&self) -> Result<()> {
+        let path = self.file.path();
+        if self.header().incompatible & incompatible::DIRTY != 0 {
+            let what = "the image was not closed properly: its refcounts may be wrong";
+            return Err(Error::corrupt(what).path(path).hint(REPAIR));
+        }
+        let report = check::check(&self.views[0])?;
+        if report.is_sound() {
+            return Ok(());
+        }
+        let errors = report.corruptions + report.check_errors;
+        let first = report.messages.first().map_or("", String::as_str);
+        let what = format!("the image has {errors} errors and must not be written; the first: {first}");
+        Err(Error::corrupt(what).path(path).hint(REPAIR))
+    }
+
     fn missing_at(&self, at: GuestOffset, length: u64) -> Result<Missing> {
         let mut answer = Missing { is_missing: false, length };
         for view in self.views.iter().filter(|view| at.0 < view.virtual_size()) {
@@ -497,16 +514,11 @@ fn view(l1_at: HostOffset, image: &Qcow2) -> View {
     View { l1_at, l1: image.l1().to_vec(), size: image.virtual_size() }
 }
 
-fn refuse_unsafe_state(header: &Header) -> Result<()> {
-    if header.incompatible & incompatible::CORRUPT != 0 {
-        let what = "the image is marked as corrupt and must not be written";
-        return Err(Error::corrupt(what).hint("repair it with `qemu-img check -r all` first"));
+fn refuse_corrupt(header: &Header) -> Result<()> {
+    match header.incompatible & incompatible::CORRUPT {
+        0 => Ok(()),
+        _ => Err(Error::corrupt("the image is marked as corrupt and must not be written").hint(REPAIR)),
     }
-    if header.incompatible & incompatible::DIRTY != 0 {
-        let what = "the image was not closed properly: its refcounts may be wrong";
-        return Err(Error::corrupt(what).hint("repair it with `qemu-img check -r all` first"));
-    }
-    Ok(())
 }
 
 /// The runs of set bits: first bit and count.
