@@ -6,7 +6,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use crate::chain::is_inside;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::sys::errno;
 
 /// Checks that `image` can be mounted on the directory `path`; returns its real path.
@@ -16,10 +16,11 @@ pub(super) fn check(path: &Path, image: &Path) -> Result<PathBuf> {
         return Err(Error::invalid("the mount point is not a directory").path(path));
     }
     if let Some(source) = mounted_on(&real) {
+        // Attributes may come from the kernel's cache; a dead server is found out by this.
+        std::fs::read_dir(&real).map_err(|e| cannot_use(e).path(path))?;
         let what = format!("'{source}' is mounted here already");
-        return Err(Error::new(crate::ErrorKind::Busy, what)
-            .path(path)
-            .hint("take it down with `umount` first"));
+        let busy = Error::new(ErrorKind::Busy, what).path(path);
+        return Err(busy.hint("take it down with `umount` first"));
     }
     // By its real path; one that cannot be found is reported better by who opens it.
     if image.canonicalize().is_ok_and(|image| is_inside(&image, &real)) {

@@ -33,7 +33,7 @@ pub(super) fn status(
     refused: Option<&str>,
 ) -> Vec<u8> {
     let mut lines = Lines::default();
-    lines.add("state", state(running.is_some(), last));
+    lines.add("state", state(running.map(|(_, progress)| progress), last));
     if let Some((request, progress)) = running {
         lines.add("request", asked_for(request));
         lines.add("phase", progress.phase().word());
@@ -49,13 +49,14 @@ pub(super) fn status(
     lines.0.into_bytes()
 }
 
-fn state(is_running: bool, last: Option<&Outcome>) -> &'static str {
-    match last {
-        _ if is_running => "running",
-        None => "idle",
-        Some(Outcome { result: Ok(_), .. }) => "done",
-        Some(Outcome { result: Err(e), .. }) if e.kind() == ErrorKind::Cancelled => "cancelled",
-        Some(_) => "failed",
+fn state(running: Option<&Progress>, last: Option<&Outcome>) -> &'static str {
+    match (running, last.map(|last| &last.result)) {
+        (Some(progress), _) if progress.is_cancelled() => "stopping",
+        (Some(_), _) => "running",
+        (None, None) => "idle",
+        (None, Some(Ok(_))) => "done",
+        (None, Some(Err(e))) if e.kind() == ErrorKind::Cancelled => "cancelled",
+        (None, Some(Err(_))) => "failed",
     }
 }
 
@@ -129,6 +130,8 @@ mod tests {
             running
                 .starts_with("state: running\nrequest: rebase onto 'new.img'\nphase: plan\nbytes-done: 0\n")
         );
+        progress.cancel();
+        assert!(text(Some((&asked, &progress)), None).starts_with("state: stopping\n"));
         let done = Outcome { request: Some(request("")), result: Ok(Report::default()) };
         assert!(text(None, Some(&done)).contains("state: done\nbacking:\nrequest: flatten\nphase: done\n"));
     }
