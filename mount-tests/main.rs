@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod check;
+mod control;
 mod mount;
 mod mounted;
 mod rebase;

@@ -70,10 +70,10 @@ impl Mounted {
     }
 
     /// Runs a shell command in the mount; returns its exit code and what it wrote to standard
-    /// error.
+    /// error. In bash: the `echo` of dash says "I/O error" whatever the error is.
     pub fn shell(&self, line: &str) -> (Option<i32>, String) {
-        let output = Command::new("sh").args(["-c", line]).current_dir(&self.mountpoint).output();
-        let output = output.expect("running sh");
+        let output = Command::new("bash").args(["-c", line]).current_dir(&self.mountpoint).output();
+        let output = output.expect("running bash");
         (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
     }
 
