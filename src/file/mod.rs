@@ -3,12 +3,14 @@
 //! The trait is the seam at which tests record, fail or reorder what is written; everything above
 //! it reaches the disk through it. It knows nothing of formats.
 
+mod buffer;
 mod local;
 mod lock;
 
 use std::fmt;
 use std::path::Path;
 
+pub use buffer::AlignedBuffer;
 pub use local::LocalFile;
 pub use lock::Lock;
 

@@ -12,10 +12,11 @@ use super::plan::{Plan, Range};
 use super::{Phase, Progress, Report};
 use crate::chain::Chain;
 use crate::error::{Context, Error, Result};
+use crate::file::AlignedBuffer;
 use crate::layer::{Content, GuestOffset, Overlay};
 
 /// Bytes that a worker compares at once, or one unit if that is more.
-const PIECE: u64 = 1 << 20;
+const PIECE: u64 = 256 << 10;
 /// More workers than this fight for memory bandwidth only, and each has two buffers.
 const MAX_WORKERS: usize = 8;
 
@@ -77,7 +78,7 @@ impl Job<'_> {
 
     /// Takes pieces until there are no more, or until somebody fails.
     fn work(&self) {
-        let mut buffers = (Vec::new(), Vec::new());
+        let mut buffers = Default::default();
         while let Some(range) = self.take() {
             if let Err(error) = self.look_at(range, &mut buffers) {
                 self.fail(error);
@@ -102,7 +103,9 @@ impl Job<'_> {
         }
     }
 
-    fn look_at(&self, range: Range, (old, new): &mut (Vec<u8>, Vec<u8>)) -> Result<()> {
+    fn look_at(&self, range: Range, buffers: &mut (AlignedBuffer, AlignedBuffer)) -> Result<()> {
+        let length = range.length() as usize;
+        let (old, new) = (buffers.0.of_length(length), buffers.1.of_length(length));
         self.read(self.old, range, old).doing(|| "reading the old backing file".to_owned())?;
         self.read(self.new, range, new).doing(|| "reading the new backing file".to_owned())?;
         for difference in differences(old, new, self.overlay.unit() as usize) {
@@ -119,8 +122,7 @@ impl Job<'_> {
 
     /// Reads what a chain has in a range; zeros behind the end of the overlay, where the last
     /// unit may reach.
-    fn read(&self, chain: &Chain, range: Range, buffer: &mut Vec<u8>) -> Result<()> {
-        buffer.resize(range.length() as usize, 0);
+    fn read(&self, chain: &Chain, range: Range, buffer: &mut [u8]) -> Result<()> {
         let inside = range.end.0.min(self.overlay.end()) - range.start.0;
         let (inside, outside) = buffer.split_at_mut(inside as usize);
         outside.fill(0);
