@@ -3,11 +3,14 @@
 //! A chain is a list, never a recursive type: rebase must be able to say that a new backing file
 //! is already in it. Reading is a loop over [`Chain::extent_at`].
 
+pub mod compare;
+mod map;
 mod name;
 mod open;
 
 use std::sync::Arc;
 
+pub use map::{Map, MapEntry};
 pub use name::{Location, is_inside, resolve};
 pub use open::{Guess, MAX_DEPTH, Opener};
 

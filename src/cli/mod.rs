@@ -10,6 +10,7 @@ mod mount;
 mod options;
 mod print;
 mod rebase;
+mod size;
 
 use std::ffi::OsString;
 use std::process::ExitCode;

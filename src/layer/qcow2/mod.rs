@@ -199,6 +199,20 @@ impl Qcow2 {
         Ok(Some(slice.entry(index % per_slice, header.l2_entry_size())))
     }
 
+    /// The place in the data file that a cluster has for what lies at `at`, whether it is in use
+    /// or not, and for how many bytes, at most `length`, the answer holds.
+    pub fn place_at(&self, at: GuestOffset, length: u64) -> Result<(Option<HostOffset>, u64)> {
+        let Some(entry) = self.l2_entry(at)? else {
+            return Ok((None, self.absent_run(at, length)?));
+        };
+        let within = at.0 % self.header().cluster_size();
+        let length = length.min(self.header().cluster_size() - within);
+        match entry.decode(self.header())? {
+            Cluster::Standard(Standard { host: Some(host), .. }) => Ok((Some(host + within), length)),
+            _ => Ok((None, length)),
+        }
+    }
+
     fn l2_table(&self, l1_index: u64) -> Result<Option<HostOffset>> {
         let entry = self.l1.get(l1_index as usize).copied().unwrap_or(0);
         let table = entry::l2_table(entry, self.header())?;
@@ -302,10 +316,12 @@ fn continues(extent: Extent, next: ExtentKind) -> bool {
     }
 }
 
-/// Whether much of the file is holes; a few clusters that were never written count for nothing.
+/// Whether the file takes so much less space than it has clusters that looking for holes in data
+/// clusters pays. The threshold is QEMU's, so that `map` shows the same.
 fn is_sparse(file: &dyn HostFile, cluster_size: u64) -> Result<bool> {
-    let allocated = file.allocated_bytes()?;
-    Ok(allocated + (allocated / 9).max(2 * cluster_size) < file.size())
+    let allocated = file.allocated_bytes()? / cluster_size;
+    let threshold = (allocated + allocated / 9).max(allocated + 2);
+    Ok(file.size().div_ceil(cluster_size) >= threshold)
 }
 
 fn read_l1(file: &dyn HostFile, offset: u64, entries: u32) -> Result<Arc<[u64]>> {
