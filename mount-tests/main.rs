@@ -6,7 +6,10 @@
 #![allow(clippy::unwrap_used)]
 
 mod check;
+mod compare;
 mod control;
+mod info;
+mod map;
 mod mount;
 mod mounted;
 mod rebase;

@@ -105,6 +105,17 @@ pub fn byte_is_locked(file: &File, byte: u64) -> io::Result<bool> {
     Ok(lock.l_type != libc::F_UNLCK as libc::c_short)
 }
 
+/// Year, month (1–12), day, hour, minute and second of a time (seconds since the epoch) in the
+/// local time zone.
+pub fn local_time(seconds: i64) -> Option<[i32; 6]> {
+    // SAFETY: `tm` is plain old data (its one pointer may be null); all zeros is a valid value.
+    let mut tm: libc::tm = unsafe { std::mem::zeroed() };
+    // SAFETY: both pointers are valid for the call.
+    let found = unsafe { libc::localtime_r(&raw const seconds, &raw mut tm) };
+    let date = [tm.tm_year + 1900, tm.tm_mon + 1, tm.tm_mday, tm.tm_hour, tm.tm_min, tm.tm_sec];
+    (!found.is_null()).then_some(date)
+}
+
 /// Raises the soft limit of open files to the hard one: a chain of 500 layers needs 500.
 pub fn raise_open_file_limit() -> io::Result<()> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };

@@ -33,9 +33,10 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::sync::Arc;
 
+use self::bitmap::{Bitmap, Directory};
 use self::entry::{COMPRESSED, Cluster, L2Entry, SUBCLUSTERS, Standard, State};
 use self::extension::{Extensions, kind};
-use self::header::{Compression, Header};
+use self::header::{Compression, Header, autoclear};
 use self::snapshot::{Snapshot, SnapshotTable};
 use self::table::{SLICE_BYTES, TableCache, read_words};
 use super::{Compressed, Detail, Extent, ExtentKind, Format, GuestOffset, Layer, Reference};
@@ -175,6 +176,22 @@ impl Qcow2 {
     /// The internal snapshots.
     pub fn snapshots(&self) -> Result<Vec<Snapshot>> {
         SnapshotTable::read(&*self.file, self.header()).map(|table| table.snapshots)
+    }
+
+    /// The persistent bitmaps, none if they are not consistent with the image.
+    pub fn bitmaps(&self) -> Result<Vec<Bitmap>> {
+        let extension = self.preamble.extensions.find(kind::BITMAPS);
+        let is_consistent = self.header().autoclear & autoclear::BITMAPS != 0;
+        let Some(extension) = extension.filter(|_| is_consistent) else {
+            return Ok(Vec::new());
+        };
+        let read = || {
+            let directory = Directory::decode(extension, self.header())?;
+            let mut bytes = vec![0; directory.size as usize];
+            self.file.read_at(HostOffset(directory.offset), &mut bytes)?;
+            directory.decode_entries(&bytes, self.header())
+        };
+        read().path(self.file.path()).doing(|| "reading the bitmap directory".to_owned())
     }
 
     /// The view of an internal snapshot.
