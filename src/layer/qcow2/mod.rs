@@ -144,8 +144,7 @@ impl Qcow2 {
             compression: header.compression()?,
             cache,
             number: TableCache::next_layer_number(),
-            // As QEMU rounds it.
-            virtual_size: header.size.next_multiple_of(512),
+            virtual_size: whole_sectors(header.size),
             l1,
             preamble: Arc::new(preamble),
         })
@@ -199,7 +198,7 @@ impl Qcow2 {
         let l1 = read_l1(&*self.file, snapshot.l1_offset, snapshot.l1_entries)
             .path(self.file.path())
             .doing(|| format!("opening snapshot '{}'", snapshot.name))?;
-        Ok(Self { l1, virtual_size: snapshot.disk_size.next_multiple_of(512), ..self.clone() })
+        Ok(Self { l1, virtual_size: whole_sectors(snapshot.disk_size), ..self.clone() })
     }
 
     /// The L2 entry for the cluster at `at`, `None` if there is no L2 table.
@@ -339,6 +338,11 @@ fn is_sparse(file: &dyn HostFile, cluster_size: u64) -> Result<bool> {
     let allocated = file.allocated_bytes()? / cluster_size;
     let threshold = (allocated + allocated / 9).max(allocated + 2);
     Ok(file.size().div_ceil(cluster_size) >= threshold)
+}
+
+/// QEMU counts disks in sectors of 512 bytes, and does not show a last one that is not whole.
+fn whole_sectors(bytes: u64) -> u64 {
+    bytes & !511
 }
 
 fn read_l1(file: &dyn HostFile, offset: u64, entries: u32) -> Result<Arc<[u64]>> {

@@ -48,7 +48,8 @@ impl TableCache {
     /// An empty one.
     pub fn new() -> Arc<Self> {
         let slices = (Self::SLICE_BUDGET / SLICE_BYTES) as usize;
-        let clusters = (Self::CLUSTER_BUDGET >> 16) as usize;
+        // Few, so that the cache is not cut into shards too small for a cluster of 2 MiB.
+        let clusters = 16;
         Arc::new(Self {
             slices: Cache::with_weighter(slices, Self::SLICE_BUDGET, Bytes),
             clusters: Cache::with_weighter(clusters, Self::CLUSTER_BUDGET, Bytes),
@@ -114,4 +115,25 @@ pub fn decode_words(bytes: &[u8]) -> Box<[u64]> {
 /// Words to big-endian bytes.
 pub fn encode_words(words: &[u64]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_be_bytes()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_few_of_the_largest_clusters_are_remembered() {
+        let cache = TableCache::new();
+        let mut inflated = 0;
+        for _ in 0..10 {
+            for number in 0..2 {
+                let cluster = cache.cluster(0, HostOffset(number << 21), || {
+                    inflated += 1;
+                    Ok(vec![0; 2 << 20].into())
+                });
+                assert_eq!(cluster.unwrap().len(), 2 << 20);
+            }
+        }
+        assert_eq!(inflated, 2);
+    }
 }
