@@ -12,5 +12,7 @@ mod info;
 mod map;
 mod mount;
 mod mounted;
+mod random_chain;
+mod reading;
 mod rebase;
 mod scratch;

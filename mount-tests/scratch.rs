@@ -39,7 +39,7 @@ impl Scratch {
             let program = program.to_string_lossy();
             panic!("cannot run {program}: {e}; scripts/test installs what the tests need")
         });
-        Ended { code: status.code(), stdout: text(stdout), stderr: text(stderr) }
+        Ended { code: status.code(), stdout: text(&stdout), stderr: text(&stderr) }
     }
 
     /// Runs a command that must succeed; returns what it printed.
@@ -91,6 +91,21 @@ impl Scratch {
         std::fs::write(self.path(name), content).expect("writing a file of the test");
     }
 
+    /// Overwrites bytes of a file, as damage or as what no tool writes.
+    pub fn poke(&self, name: &str, at: u64, bytes: &[u8]) {
+        let file = std::fs::File::options().write(true).open(self.path(name));
+        let file = file.expect("opening a file of the test");
+        std::os::unix::fs::FileExt::write_all_at(&file, bytes, at).expect("damaging a file of the test");
+    }
+
+    /// Cuts so many bytes off the end of a file.
+    pub fn cut(&self, name: &str, bytes: u64) {
+        let file = std::fs::File::options().write(true).open(self.path(name));
+        let file = file.expect("opening a file of the test");
+        let size = file.metadata().expect("a file has a size").len();
+        file.set_len(size - bytes).expect("cutting a file of the test");
+    }
+
     /// The guest-visible bytes of an image, as `qemu-img convert` sees them.
     pub fn guest_bytes(&self, format: &str, image: &str) -> Vec<u8> {
         let raw = format!("{image}.convert.raw");
@@ -123,21 +138,41 @@ impl Scratch {
         }
     }
 
-    /// Draws into an existing image with qemu-io: one byte in hexadecimal a cluster, `--` for
-    /// what is left alone, `zz` for a zero write.
+    /// Draws into an existing qcow2 image with qemu-io, a cell a cluster:
+    ///
+    /// | cell | the cluster |
+    /// |---|---|
+    /// | `--` | is left alone |
+    /// | `11` | is filled with this byte (hexadecimal) |
+    /// | `c11` | the same, compressed |
+    /// | `zz` | is written with zeros (`write -z`) |
+    /// | `za` | the same after data was written: zeros that keep their place in the file |
+    /// | `zu` | the same, giving the place back (`write -z -u`) |
+    /// | `..` | is discarded after data was written |
     pub fn draw(&self, image: &str, cluster: usize, picture: &str) {
-        let commands: Vec<String> = picture
-            .split_whitespace()
-            .enumerate()
-            .filter(|(_, cell)| *cell != "--")
-            .map(|(number, cell)| match cell {
-                "zz" => format!("write -z {} {cluster}", number * cluster),
-                _ => format!("write -P 0x{cell} {} {cluster}", number * cluster),
-            })
-            .collect();
+        let cells = picture.split_whitespace().enumerate();
+        let commands: Vec<String> =
+            cells.flat_map(|(number, cell)| drawing(cell, number * cluster, cluster)).collect();
         if !commands.is_empty() {
             self.qemu_io("qcow2", image, &commands.iter().map(String::as_str).collect::<Vec<_>>());
         }
+    }
+}
+
+/// The qemu-io commands that draw one cell.
+fn drawing(cell: &str, at: usize, length: usize) -> Vec<String> {
+    let write = |options: &str| format!("write -q {options} {at} {length}");
+    let data = write("-P 0xff");
+    match cell {
+        "--" => vec![],
+        "zz" => vec![write("-z")],
+        "za" => vec![data, write("-z")],
+        "zu" => vec![data, write("-z -u")],
+        ".." => vec![data, format!("discard -q {at} {length}")],
+        _ => match cell.strip_prefix('c').filter(|byte| byte.len() == 2) {
+            Some(byte) => vec![write(&format!("-c -P 0x{byte}"))],
+            None => vec![write(&format!("-P 0x{cell}"))],
+        },
     }
 }
 
@@ -146,6 +181,28 @@ pub fn rebasefs() -> &'static str {
     env!("CARGO_BIN_EXE_rebasefs")
 }
 
-fn text(bytes: Vec<u8>) -> String {
-    String::from_utf8_lossy(&bytes).into_owned()
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// A file as a block device, detached with the value.
+pub struct LoopDevice(String);
+
+impl LoopDevice {
+    pub fn attach(file: &Path) -> Self {
+        let output = Command::new("losetup").args(["-f", "--show"]).arg(file).output();
+        let Output { status, stdout, stderr } = output.expect("losetup is needed; scripts/test installs it");
+        assert!(status.success(), "losetup {}: {}", file.display(), text(&stderr));
+        Self(text(&stdout).trim().to_owned())
+    }
+
+    pub fn path(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["-d", &self.0]).status();
+    }
 }
