@@ -330,3 +330,43 @@ fn a_raw_image_cannot_be_rebased() {
     let said = scratch.rebasefs_fails(1, "rebase -b new -F raw old");
     assert!(said.contains("only qcow2 can be rebased"), "{said}");
 }
+
+#[test]
+fn every_cache_mode_ends_in_the_same_image() {
+    for mode in ["writeback", "writethrough", "none", "directsync", "unsafe"] {
+        for shape in ["cluster_size=512", "cluster_size=64k", "extended_l2=on"] {
+            let scratch = three(shape, "11 11 -- 11", "11 22 22 --", "-- -- -- --");
+            scratch.qemu_io("qcow2", "cow.qcow2", &["write -P 0x71 66000 2000"]);
+            rebase_keeps_everything(&scratch, &format!("-t {mode} -T {mode} -b new -F raw"), &["old", "new"]);
+        }
+    }
+    let scratch = three("compat=1.1", "11", "22", "--");
+    let said = scratch.rebasefs_fails(1, "rebase -t sometimes -b new cow.qcow2");
+    assert!(said.contains("there is no cache mode 'sometimes'"), "{said}");
+}
+
+#[test]
+fn progress_is_shown_as_qemu_img_shows_it_and_quiet_is_quiet() {
+    let scratch = three("compat=1.1", "11 11", "22 11", "-- --");
+    let said = scratch.rebasefs("rebase -p -b new -F raw cow.qcow2");
+    assert!(said.contains("    (100.00/100%)\r\n"), "{said}");
+    assert_eq!(scratch.rebasefs("rebase -q -p -b old -F raw cow.qcow2"), "");
+}
+
+#[test]
+fn what_is_not_supported_is_refused_by_name_before_anything_is_written() {
+    let scratch = three("compat=1.1", "11", "22", "--");
+    let before = std::fs::read(scratch.path("cow.qcow2")).unwrap();
+    for (arguments, word) in [
+        ("-c -b new -F raw", "-c is not supported"),
+        ("--image-opts -b new -F raw", "--image-opts is not supported"),
+        ("--object secret,id=s -b new -F raw", "--object secret,id=s is not supported"),
+        ("-b new -F vmdk", "format 'vmdk' is not supported"),
+        ("", "no backing file given"),
+        ("-u", "no backing file given"),
+    ] {
+        let said = scratch.rebasefs_fails(1, &format!("rebase {arguments} cow.qcow2"));
+        assert!(said.contains(word), "{said}");
+    }
+    assert!(before == std::fs::read(scratch.path("cow.qcow2")).unwrap());
+}

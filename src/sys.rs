@@ -31,6 +31,12 @@ pub mod whence {
 /// no program that we start inherits the descriptor.
 pub const OPEN_IMAGE: i32 = libc::O_NONBLOCK | libc::O_CLOEXEC | libc::O_NOCTTY;
 
+/// `open(2)`: past the page cache.
+pub const O_DIRECT: i32 = libc::O_DIRECT;
+
+/// `open(2)`: every write is durable when it returns.
+pub const O_DSYNC: i32 = libc::O_DSYNC;
+
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use super::{Chain, Location, name};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::file::{Access, HostFile, Identity, LocalFile, Lock};
+use crate::file::{Access, CacheMode, HostFile, Identity, LocalFile, Lock};
 use crate::layer::qcow2::table::TableCache;
 use crate::layer::qcow2::{Preamble, Qcow2};
 use crate::layer::{Format, Layer, Raw, Reference};
@@ -37,7 +37,9 @@ pub struct Opener {
     locking: bool,
     /// Files on this device are refused: they lie inside our own mount.
     forbidden_device: Option<u64>,
-    cache: Arc<TableCache>,
+    tables: Arc<TableCache>,
+    /// How the first image of a chain is cached, and how those below it are.
+    caching: (CacheMode, CacheMode),
     /// What chains hold that we opened. A layer that no chain holds any more is not kept, and a
     /// name that leads to another file by now is not looked up here.
     open: Mutex<HashMap<(PathBuf, Format), Weak<dyn Layer>>>,
@@ -53,6 +55,7 @@ impl Default for Opener {
 struct Step {
     location: Location,
     access: Access,
+    cache: CacheMode,
     /// Whether a person named the file, not an image.
     is_typed: bool,
 }
@@ -64,7 +67,8 @@ impl Opener {
             guess: Guess::default(),
             locking: true,
             forbidden_device: None,
-            cache: TableCache::new(),
+            tables: TableCache::new(),
+            caching: Default::default(),
             open: Mutex::default(),
         }
     }
@@ -81,6 +85,12 @@ impl Opener {
         Self { locking: false, ..self }
     }
 
+    /// Sets how images are cached: the one that a chain begins with, and those below it.
+    #[must_use]
+    pub fn caching(self, top: CacheMode, below: CacheMode) -> Self {
+        Self { caching: (top, below), ..self }
+    }
+
     /// Refuses files on the device of our own mount: reading them would read us.
     #[must_use]
     pub fn forbid_device(self, device: u64) -> Self {
@@ -90,7 +100,7 @@ impl Opener {
     /// The same policy with nothing open yet: what was opened by `self` is not kept open by it.
     #[must_use]
     pub fn renewed(&self) -> Self {
-        Self { cache: self.cache.clone(), open: Mutex::default(), ..*self }
+        Self { tables: self.tables.clone(), open: Mutex::default(), ..*self }
     }
 
     /// Whether it takes locks.
@@ -103,13 +113,13 @@ impl Opener {
     /// file: a person named it. `access` is for the top; what is below is opened for reading.
     pub fn chain(&self, path: &Path, format: Option<Format>, access: Access) -> Result<Chain> {
         let location = Location::typed(path, format);
-        self.walk(Step { location, access, is_typed: true }, None)
+        self.walk(Step { location, access, cache: self.caching.0, is_typed: true }, None)
     }
 
     /// Opens one image, without what is below it.
     pub fn layer(&self, path: &Path, format: Option<Format>, access: Access) -> Result<Arc<dyn Layer>> {
         let location = Location::typed(path, format);
-        let step = Step { location, access, is_typed: true };
+        let step = Step { location, access, cache: self.caching.0, is_typed: true };
         self.layer_in(self.open_file(&step)?, &step)
     }
 
@@ -121,7 +131,7 @@ impl Opener {
         let directory = overlay.parent().unwrap_or(Path::new(""));
         // An overlay that does not exist yet can be part of no chain.
         let above = Identity::of(overlay).ok();
-        let first = Step { location, access: Access::ReadOnly, is_typed: true };
+        let first = Step { location, access: Access::ReadOnly, cache: self.caching.1, is_typed: true };
         self.walk(first, above).doing(|| {
             match Path::new(&backing.name).is_relative() && !directory.as_os_str().is_empty() {
                 true => format!(
@@ -153,6 +163,7 @@ impl Opener {
                     location: name::resolve(layer.file().path(), reference)
                         .doing(|| format!("opening layer {} of the chain", depth + 1))?,
                     access: Access::ReadOnly,
+                    cache: self.caching.1,
                     is_typed: false,
                 }),
             };
@@ -182,7 +193,7 @@ impl Opener {
 
     fn open_file(&self, step: &Step) -> Result<Arc<dyn HostFile>> {
         let path = choose(&step.location)?;
-        let file: Arc<dyn HostFile> = Arc::new(LocalFile::open(path, step.access)?);
+        let file: Arc<dyn HostFile> = Arc::new(LocalFile::open(path, step.access, step.cache)?);
         self.refuse_own_mount(&*file)?;
         Ok(file)
     }
@@ -194,13 +205,13 @@ impl Opener {
             None => self.recognise(&*file, step.is_typed)?,
         };
         if step.access == Access::ReadWrite {
-            return self.open_layer(file, format);
+            return self.open_layer(file, format, step.cache);
         }
         let (key, identity) = ((file.path().to_owned(), format), file.identity());
         if let Some(layer) = self.find_open(&key).filter(|layer| layer.file().identity() == identity) {
             return Ok(layer);
         }
-        let layer = self.open_layer(file, format)?;
+        let layer = self.open_layer(file, format, step.cache)?;
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         open.insert(key, Arc::downgrade(&layer));
         Ok(layer)
@@ -238,7 +249,12 @@ impl Opener {
         Err(Error::new(ErrorKind::PermissionDenied, what).path(file.path()).hint(hint))
     }
 
-    fn open_layer(&self, file: Arc<dyn HostFile>, format: Format) -> Result<Arc<dyn Layer>> {
+    fn open_layer(
+        &self,
+        file: Arc<dyn HostFile>,
+        format: Format,
+        cache: CacheMode,
+    ) -> Result<Arc<dyn Layer>> {
         if self.locking {
             file.lock(Lock::Read)?;
         }
@@ -248,18 +264,23 @@ impl Opener {
                 let preamble = Preamble::read(&*file)?;
                 let data_file = match preamble.data_file().path(file.path())? {
                     None => None,
-                    Some(reference) => Some(self.open_data_file(&*file, &reference)?),
+                    Some(reference) => Some(self.open_data_file(&*file, &reference, cache)?),
                 };
-                Ok(Arc::new(Qcow2::open(file, data_file, preamble, self.cache.clone())?))
+                Ok(Arc::new(Qcow2::open(file, data_file, preamble, self.tables.clone())?))
             }
         }
     }
 
-    fn open_data_file(&self, image: &dyn HostFile, reference: &Reference) -> Result<Arc<dyn HostFile>> {
+    fn open_data_file(
+        &self,
+        image: &dyn HostFile,
+        reference: &Reference,
+        cache: CacheMode,
+    ) -> Result<Arc<dyn HostFile>> {
         let doing = || format!("opening external data file '{}'", reference.name.display());
         let location = name::resolve_data_file(image.path(), reference).doing(doing)?;
         let path = choose(&location).doing(doing)?;
-        let file = LocalFile::open(path, image.access()).doing(doing)?;
+        let file = LocalFile::open(path, image.access(), cache).doing(doing)?;
         self.refuse_own_mount(&file).doing(doing)?;
         if file.identity() == image.identity() {
             let what = "names itself as its external data file";

@@ -7,10 +7,11 @@ use std::process::ExitCode;
 use clap::Args;
 use serde_json::{Map, Value};
 
-use super::options::{self, CacheMode, Opening, Output, Refused};
+use super::options::{self, Opening, Output, Refused};
 use super::print::{complain, print, print_json};
 use crate::error::{Error, Result};
 use crate::file::Access;
+use crate::file::CacheMode;
 use crate::layer::Layer;
 use crate::layer::qcow2::check::{CheckReport, check};
 
@@ -35,9 +36,9 @@ pub(super) struct Arguments {
     /// How to print the result
     #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
     output: Output,
-    /// Taken for compatibility: it makes no difference to reading
-    #[arg(short = 'T', long, value_enum, value_name = "MODE")]
-    cache: Option<CacheMode>,
+    /// Cache mode: writeback, writethrough, none, directsync or unsafe
+    #[arg(short = 'T', long, value_name = "CACHE", value_parser = CacheMode::from_name, default_value = "writeback")]
+    cache: CacheMode,
     #[arg(short, long, hide = true, value_name = "leaks|all")]
     repair: Option<String>,
     #[command(flatten)]
@@ -57,7 +58,11 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
         return Err(error.hint("repair it with `qemu-img check -r`"));
     }
     let format = options::format(arguments.format.as_deref())?;
-    let layer = arguments.opening.opener().layer(&arguments.file, format, Access::ReadOnly)?;
+    let layer = arguments.opening.opener().caching(arguments.cache, arguments.cache).layer(
+        &arguments.file,
+        format,
+        Access::ReadOnly,
+    )?;
     let Some(image) = layer.as_qcow2() else {
         complain("rebasefs: This image format does not support checks");
         return Ok(ExitCode::from(NOT_SUPPORTED));

@@ -5,12 +5,12 @@ use std::process::ExitCode;
 
 use clap::Args;
 
-use super::options::{self, CacheMode, Opening, Refused};
+use super::options::{self, Opening, Refused};
 use super::print::{complain, print};
 use crate::chain::Chain;
 use crate::chain::compare::{Comparison, Trouble, Verdict};
 use crate::error::Result;
-use crate::file::Access;
+use crate::file::{Access, CacheMode};
 
 const DIFFERENT: u8 = 1;
 const NO_METADATA: u8 = 3;
@@ -39,9 +39,9 @@ pub(super) struct Arguments {
     /// Print nothing but errors
     #[arg(short, long)]
     quiet: bool,
-    /// Taken for compatibility: it makes no difference to reading
-    #[arg(short = 'T', long, value_enum, value_name = "MODE")]
-    cache: Option<CacheMode>,
+    /// Cache mode: writeback, writethrough, none, directsync or unsafe
+    #[arg(short = 'T', long, value_name = "CACHE", value_parser = CacheMode::from_name, default_value = "writeback")]
+    cache: CacheMode,
     #[command(flatten)]
     opening: Opening,
     #[command(flatten)]
@@ -56,7 +56,7 @@ pub(super) struct Arguments {
 
 pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
     arguments.refused.check()?;
-    let opener = arguments.opening.opener();
+    let opener = arguments.opening.opener().caching(arguments.cache, arguments.cache);
     let open = |path, format: &Option<String>| {
         opener.chain(path, options::format(format.as_deref())?, Access::ReadOnly)
     };

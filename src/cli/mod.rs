@@ -65,7 +65,7 @@ impl Command {
     fn run(self) -> Result<ExitCode> {
         match self {
             Self::Mount(arguments) => mount::run(arguments),
-            Self::Rebase(arguments) => rebase::run(arguments),
+            Self::Rebase(arguments) => rebase::run(&arguments),
             Self::Info(arguments) => info::run(&arguments),
             Self::Map(arguments) => map::run(&arguments),
             Self::Compare(arguments) => compare::run(&arguments),

@@ -36,17 +36,6 @@ impl Opening {
     }
 }
 
-/// QEMU's cache modes. Taken for the sake of scripts: rebasefs writes in one safe order always.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(super) enum CacheMode {
-    None,
-    Off,
-    Writeback,
-    Writethrough,
-    Directsync,
-    Unsafe,
-}
-
 /// Options of qemu-img that lead out of what rebasefs is: refused by name, not as unknown.
 #[derive(Clone, Debug, Args)]
 pub(super) struct Refused {
@@ -77,4 +66,9 @@ impl Refused {
 /// The format that was typed, if one was.
 pub(super) fn format(name: Option<&str>) -> Result<Option<Format>> {
     name.map(Format::from_name).transpose()
+}
+
+/// The name of a backing format, as it is to be recorded: a format that we read.
+pub(super) fn format_name(name: &str) -> Result<String> {
+    Format::from_name(name).map(|_| name.to_owned())
 }

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use super::{Access, HostFile, HostOffset, Identity, Lock, Run, lock};
+use super::direct::Direct;
+use super::{Access, CacheMode, HostFile, HostOffset, Identity, Lock, Run, lock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys;
 
@@ -21,22 +22,24 @@ pub struct LocalFile {
     /// Bytes. Kept here, so that a read can tell "beyond the end" from "was cut short".
     size: AtomicU64,
     lock: Mutex<Lock>,
+    cache: CacheMode,
+    direct: Direct,
 }
 
 impl LocalFile {
     /// Opens `path`. Anything but a regular file or a block device is refused, without blocking
     /// on it.
-    pub fn open(path: &Path, access: Access) -> Result<Self> {
+    pub fn open(path: &Path, access: Access, cache: CacheMode) -> Result<Self> {
         // Looked at first: merely opening a FIFO or a tape can have an effect.
         let metadata = std::fs::metadata(path).map_err(|e| Error::io(e, "cannot open").path(path))?;
         refuse_other_types(&metadata).map_err(|e| e.path(path))?;
         let file = OpenOptions::new()
             .read(true)
             .write(access == Access::ReadWrite)
-            .custom_flags(sys::OPEN_IMAGE)
+            .custom_flags(sys::OPEN_IMAGE | cache.open_flags())
             .open(path)
             .map_err(|e| Error::io(e, cannot_open(access)).path(path))?;
-        Self::from_file(file, path.to_owned(), access)
+        Self::from_file(file, path.to_owned(), access, cache)
     }
 
     /// Creates `path`, or empties it if it exists.
@@ -49,10 +52,10 @@ impl LocalFile {
             .custom_flags(sys::OPEN_IMAGE)
             .open(path)
             .map_err(|e| Error::io(e, "cannot create").path(path))?;
-        Self::from_file(file, path.to_owned(), Access::ReadWrite)
+        Self::from_file(file, path.to_owned(), Access::ReadWrite, CacheMode::default())
     }
 
-    fn from_file(file: File, path: PathBuf, access: Access) -> Result<Self> {
+    fn from_file(file: File, path: PathBuf, access: Access, cache: CacheMode) -> Result<Self> {
         let describe = |e| Error::io(e, "cannot tell its size").path(&path);
         let metadata = file.metadata().map_err(describe)?;
         // Again, on what was really opened: the name may lead elsewhere by now.
@@ -63,11 +66,27 @@ impl LocalFile {
             metadata.len()
         };
         let identity = Identity::of_metadata(&metadata);
-        Ok(Self { path, file, access, identity, size: AtomicU64::new(size), lock: Mutex::new(Lock::None) })
+        Ok(Self {
+            path,
+            file,
+            access,
+            identity,
+            size: AtomicU64::new(size),
+            lock: Mutex::new(Lock::None),
+            cache,
+            direct: Direct::default(),
+        })
     }
 
     fn failed(&self, error: io::Error, what: &str, at: u64) -> Error {
         Error::io(error, what).path(&self.path).offset(at)
+    }
+
+    fn read_some(&self, buffer: &mut [u8], at: u64) -> io::Result<usize> {
+        match self.cache.is_direct() {
+            true => self.direct.read_at(&self.file, buffer, at),
+            false => self.file.read_at(buffer, at),
+        }
     }
 
     fn hole_aware_run(&self, at: u64, end: u64) -> io::Result<Run> {
@@ -143,7 +162,7 @@ impl HostFile for LocalFile {
         let mut done = 0;
         while done < buffer.len() {
             let here = at.0 + done as u64;
-            match self.file.read_at(&mut buffer[done..], here) {
+            match self.read_some(&mut buffer[done..], here) {
                 Ok(0) if here >= self.size() => {
                     buffer[done..].fill(0);
                     return Ok(());
@@ -161,7 +180,10 @@ impl HostFile for LocalFile {
     }
 
     fn write_at(&self, at: HostOffset, buffer: &[u8]) -> Result<()> {
-        let written = self.file.write_all_at(buffer, at.0);
+        let written = match self.cache.is_direct() {
+            true => self.direct.write_all_at(&self.file, buffer, at.0),
+            false => self.file.write_all_at(buffer, at.0),
+        };
         written.map_err(|e| self.failed(e, "cannot write", at.0))?;
         self.size.fetch_max(at.0 + buffer.len() as u64, Ordering::AcqRel);
         Ok(())
@@ -179,6 +201,9 @@ impl HostFile for LocalFile {
     }
 
     fn sync(&self) -> Result<()> {
+        if !self.cache.syncs() {
+            return Ok(());
+        }
         self.file.sync_data().map_err(|e| Error::io(e, "cannot sync").path(&self.path))
     }
 
@@ -214,7 +239,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("f");
         std::fs::write(&path, content).unwrap();
-        let file = LocalFile::open(&path, Access::ReadWrite).unwrap();
+        let file = LocalFile::open(&path, Access::ReadWrite, CacheMode::default()).unwrap();
         (dir, file)
     }
 
@@ -244,9 +269,10 @@ mod tests {
     #[test]
     fn a_directory_or_fifo_is_refused() {
         let dir = tempfile::tempdir().unwrap();
-        let error = LocalFile::open(dir.path(), Access::ReadOnly).unwrap_err();
+        let error = LocalFile::open(dir.path(), Access::ReadOnly, CacheMode::default()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::IsDirectory);
-        let error = LocalFile::open(Path::new("/dev/null"), Access::ReadOnly).unwrap_err();
+        let error =
+            LocalFile::open(Path::new("/dev/null"), Access::ReadOnly, CacheMode::default()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::NotAFile);
     }
 }

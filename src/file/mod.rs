@@ -4,6 +4,8 @@
 //! it reaches the disk through it. It knows nothing of formats.
 
 mod buffer;
+mod cache;
+mod direct;
 mod local;
 mod lock;
 
@@ -11,6 +13,7 @@ use std::fmt;
 use std::path::Path;
 
 pub use buffer::AlignedBuffer;
+pub use cache::CacheMode;
 pub use local::LocalFile;
 pub use lock::Lock;
 

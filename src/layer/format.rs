@@ -78,13 +78,13 @@ impl fmt::Display for Format {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::file::{Access, LocalFile};
+    use crate::file::{Access, CacheMode, LocalFile};
 
     fn recognised(start: &[u8]) -> String {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("image");
         std::fs::write(&path, start).unwrap();
-        let file = LocalFile::open(&path, Access::ReadOnly).unwrap();
+        let file = LocalFile::open(&path, Access::ReadOnly, CacheMode::default()).unwrap();
         Format::recognise(&file).map_or_else(|e| e.to_string(), |format| format.to_string())
     }
 
