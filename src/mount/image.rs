@@ -3,6 +3,7 @@
 //! Holds the chain of the moment; readers take a snapshot of it and hold no lock while they do
 //! I/O. Knows nothing of inodes and of rebasing.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
 use std::thread;
 use std::time::Duration;
@@ -13,7 +14,7 @@ use crate::layer::{Detail, ExtentKind, GuestOffset};
 
 /// Who asks for the block count waits so long; a count that takes longer is given with the next
 /// answer.
-const PATIENCE: Duration = Duration::from_millis(500);
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// The guest-visible bytes of a chain that can be exchanged for another with the same bytes.
 #[derive(Debug)]
@@ -34,6 +35,8 @@ struct Snapshot {
     chain: Chain,
     count: Mutex<Count>,
     counted: Condvar,
+    /// Nobody wants its block count any more; it shall not keep files open for that.
+    is_replaced: AtomicBool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -66,6 +69,7 @@ impl Image {
         let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
         let previous = std::mem::replace(&mut *current, next);
         drop(current);
+        previous.is_replaced.store(true, Ordering::Relaxed);
         // Closes the files of the old chain, if nobody reads it any more; not under the lock.
         drop(previous);
     }
@@ -122,7 +126,12 @@ struct Run {
 
 impl Snapshot {
     fn new(chain: Chain) -> Self {
-        Self { chain, count: Mutex::new(Count::NotAsked), counted: Condvar::new() }
+        Self {
+            chain,
+            count: Mutex::new(Count::NotAsked),
+            counted: Condvar::new(),
+            is_replaced: AtomicBool::new(false),
+        }
     }
 
     /// The runs from `offset` to the end; neighbours may be alike. Ends after an error.
@@ -157,15 +166,18 @@ impl Snapshot {
     }
 
     fn count_data(&self) -> Allocated {
-        let data = self.runs(0).filter(|run| run.as_ref().map_or(true, |run| run.is_data));
-        let total: Result<u64> = data.map(|run| run.map(|run| run.length)).sum();
-        total.map_or_else(
-            |error| {
-                log::error!("cannot count the blocks of the disk: {error}");
-                self.upper_bound()
-            },
-            Allocated::Exactly,
-        )
+        let mut bytes = 0;
+        for run in self.runs(0) {
+            match run {
+                _ if self.is_replaced.load(Ordering::Relaxed) => return self.upper_bound(),
+                Ok(run) => bytes += if run.is_data { run.length } else { 0 },
+                Err(e) => {
+                    log::error!("cannot count the blocks of the disk: {e}");
+                    return self.upper_bound();
+                }
+            }
+        }
+        Allocated::Exactly(bytes)
     }
 
     fn finish_counting(&self, allocated: Allocated) {
