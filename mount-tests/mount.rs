@@ -93,18 +93,25 @@ fn the_chain_is_listed_and_the_backing_file_named() {
 }
 
 #[test]
-fn a_terabyte_of_holes_is_served_in_little_memory() {
+fn a_terabyte_of_holes_is_served_and_rebased_in_little_memory() {
     let scratch = Scratch::new();
-    scratch.qemu_img("create -q -f qcow2 cow.qcow2 1T");
+    scratch.qemu_img("create -q -f qcow2 base.qcow2 1T");
     let writes: Vec<String> = (0..64).map(|n| format!("write -P 7 {}G 1M", n * 16)).collect();
-    scratch.qemu_io("qcow2", "cow.qcow2", &writes.iter().map(String::as_str).collect::<Vec<_>>());
+    scratch.qemu_io("qcow2", "base.qcow2", &writes.iter().map(String::as_str).collect::<Vec<_>>());
+    scratch.ok("cp", "base.qcow2 new.qcow2");
+    scratch.qemu_io("qcow2", "new.qcow2", &["write -P 8 32G 2M"]);
+    scratch.qemu_img("create -q -f qcow2 -b base.qcow2 -F qcow2 cow.qcow2");
     let mounted = Mounted::new(&scratch, "cow.qcow2");
     let disk = mounted.path("disk.raw");
     assert_eq!(disk.metadata().unwrap().blocks(), 64 << 11);
     scratch.ok("dd", &format!("if={} of=/dev/null bs=4M count=256 status=none", disk.display()));
+    mounted.rebase("new.qcow2").unwrap();
     scratch.ok("cp", &format!("--sparse=auto {} copy.raw", disk.display()));
     assert_eq!(scratch.path("copy.raw").metadata().unwrap().blocks(), 64 << 11);
-    assert!(peak_memory(mounted.server()) < 64 << 20, "{} bytes", peak_memory(mounted.server()));
+    let peak = peak_memory(mounted.server());
+    assert!(peak < 64 << 20, "{peak} bytes");
+    mounted.unmount();
+    scratch.check_clean("cow.qcow2");
 }
 
 /// The most that a process had resident, in bytes.
