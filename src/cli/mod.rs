@@ -18,6 +18,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::error::Result;
+use crate::sys;
 
 /// Mount a copy-on-write disk image as a flat file, and rebase it safely while it is mounted.
 #[derive(Debug, Parser)]
@@ -63,6 +64,10 @@ fn failure(typed: &[OsString]) -> ExitCode {
 
 impl Command {
     fn run(self) -> Result<ExitCode> {
+        // A chain of 1000 layers is 1000 open files, and 1024 is a common limit.
+        if let Err(e) = sys::raise_open_file_limit() {
+            log::debug!("cannot raise the limit of open files: {e}");
+        }
         match self {
             Self::Mount(arguments) => mount::run(arguments),
             Self::Rebase(arguments) => rebase::run(&arguments),

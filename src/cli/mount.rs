@@ -55,9 +55,6 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
-    if let Err(e) = sys::raise_open_file_limit() {
-        log::debug!("cannot raise the limit of open files: {e}");
-    }
     let log = arguments.log.as_deref().map(open_log).transpose()?;
     let foreground = arguments.foreground;
     let mount = checked(arguments);
