@@ -7,6 +7,7 @@ mod chains;
 mod clusters;
 mod features;
 mod hostile;
+mod mounted;
 mod names;
 mod random;
 mod snapshots;

@@ -86,7 +86,7 @@ fn a_qcow2_image_on_a_block_device_reads_like_qemu() {
 /// A chain of `depth` layers, `layer0000.qcow2` the lowest. Cluster n of 64 is written in the
 /// layers that are n modulo 64. QEMU makes the first 64 layers; the others are copies of them that
 /// name another backing file.
-fn deep_chain(s: &Scratch, depth: usize) -> String {
+pub fn deep_chain(s: &Scratch, depth: usize) -> String {
     let name = |n: usize| format!("layer{n:04}.qcow2");
     for n in 0..depth {
         if n >= 128 {
