@@ -5,6 +5,7 @@
 
 mod chains;
 mod clusters;
+mod damage;
 mod features;
 mod hostile;
 mod mounted;
