@@ -8,6 +8,7 @@
 mod check;
 mod compare;
 mod control;
+mod create;
 mod info;
 mod map;
 mod mount;

@@ -68,6 +68,20 @@ pub fn seek_hole(file: &File, offset: u64) -> io::Result<Option<u64>> {
     seek(file, offset, libc::SEEK_HOLE)
 }
 
+/// Gives `[offset, offset + length)` space on the file system, where need be by reading and writing
+/// (`posix_fallocate`).
+pub fn allocate(file: &File, offset: u64, length: u64) -> io::Result<()> {
+    let (offset, length) = (signed(offset)?, signed(length)?);
+    if length == 0 {
+        return Ok(());
+    }
+    // SAFETY: the descriptor is open for as long as `file` is borrowed; no memory is passed.
+    match unsafe { libc::posix_fallocate(file.as_raw_fd(), offset, length) } {
+        0 => Ok(()),
+        errno => Err(io::Error::from_raw_os_error(errno)),
+    }
+}
+
 /// Frees the blocks of `[offset, offset + length)`; the range reads as zeros, the size stays.
 pub fn punch_hole(file: &File, offset: u64, length: u64) -> io::Result<()> {
     let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;

@@ -185,7 +185,7 @@ fn name_of(reference: &Reference) -> String {
 
 impl FileInfo {
     fn of(file: &dyn HostFile) -> Result<Self> {
-        let is_device = file.identity().device == 0;
+        let is_device = file.identity().is_block_device();
         Ok(Self {
             children: [],
             virtual_size: file.size().next_multiple_of(512),

@@ -1,15 +1,215 @@
-//! `rebasefs create` (skeleton).
+//! `rebasefs create`: a new, empty image.
 
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
 
-use crate::error::{Error, Result};
+use super::format_options::FormatOptions;
+use super::options::Refused;
+use super::print::print;
+use crate::chain::{Opener, resolve};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::file::{HostFile, Identity, LocalFile};
+use crate::layer::qcow2::create::{Preallocation, Spec, create, write_zeros};
+use crate::layer::{Format, Reference};
 
-/// Not built yet.
+/// Make a new, empty image
 #[derive(Debug, Args)]
-pub(super) struct Arguments {}
+#[command(after_help = "\
+Example:
+  rebasefs create -f qcow2 disk.qcow2 20G
+  rebasefs create -f qcow2 -b base.img cow.qcow2
+  rebasefs create -f qcow2 -o cluster_size=2M,extended_l2=on disk.qcow2 1T")]
+pub(super) struct Arguments {
+    /// Format of the new image: raw, qcow2
+    #[arg(short, long, value_name = "FMT", default_value = "raw")]
+    format: String,
+    /// Options of the format, `-o help` to list them
+    #[arg(short, long, value_name = "OPTIONS")]
+    options: Vec<String>,
+    /// Backing file, as it is to stand in the header: relative to the new image's directory
+    #[arg(short, long, value_name = "FILE")]
+    backing: Option<String>,
+    /// Format of the backing file; recognised from the file if left out, and recorded
+    #[arg(short = 'F', long, value_name = "FMT")]
+    backing_format: Option<String>,
+    /// Do not open the backing file; SIZE and -F are needed then
+    #[arg(short = 'u', long)]
+    backing_unsafe: bool,
+    /// Print nothing but errors
+    #[arg(short, long)]
+    quiet: bool,
+    #[command(flatten)]
+    refused: Refused,
+    /// The new image; what is there is overwritten
+    #[arg(value_name = "FILE", required_unless_present = "options")]
+    file: Option<PathBuf>,
+    /// Virtual size, with a suffix if need be: 512, 64k, 1.5G; that of the backing file if left out
+    #[arg(value_name = "SIZE", allow_hyphen_values = true)]
+    size: Option<String>,
+}
 
-pub(super) fn run(_: &Arguments) -> Result<ExitCode> {
-    Err(Error::unsupported("not built yet"))
+pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
+    arguments.refused.check()?;
+    let format = Format::from_name(&arguments.format)?;
+    if arguments.options.iter().any(|option| matches!(option.as_str(), "help" | "?")) {
+        print(&FormatOptions::help(format))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let Some(file) = &arguments.file else {
+        return Err(Error::invalid("create needs the name of the new image"));
+    };
+    arguments.create(format, file).doing(|| format!("creating {}", file.display()))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+impl Arguments {
+    fn create(&self, format: Format, file: &Path) -> Result<()> {
+        let mut options = self.options(format)?;
+        if let Some(backing) = options.backing() {
+            self.look_at_backing(file, &backing, &mut options)?;
+        }
+        let Some(bytes) = options.size()? else {
+            return Err(Error::invalid("the new image needs a size").hint("rebasefs create FILE SIZE"));
+        };
+        options.set("size", bytes.to_string());
+        let wanted = match format {
+            Format::Raw => Wanted::Raw(bytes.next_multiple_of(512), options.preallocation()?),
+            Format::Qcow2 => Wanted::Qcow2(Box::new(options.spec()?)),
+        };
+        wanted.validate()?;
+        if !self.quiet {
+            print(&format!("Formatting '{}', fmt={format}{}\n", file.display(), options.echo()))?;
+        }
+        wanted.make(file)
+    }
+
+    /// All options, wherever they were typed.
+    fn options(&self, format: Format) -> Result<FormatOptions> {
+        let mut options = FormatOptions::parse(format, &self.options)?;
+        let elsewhere = [
+            ("size", "SIZE", &self.size),
+            ("backing_file", "-b", &self.backing),
+            ("backing_fmt", "-F", &self.backing_format),
+        ];
+        for (name, typed, value) in elsewhere {
+            let Some(value) = value else { continue };
+            if options.find(name).is_some() {
+                return Err(Error::invalid(format!("{name} is given twice: with -o and as {typed}")));
+            }
+            if format == Format::Raw && name != "size" {
+                return Err(
+                    Error::invalid("a raw image cannot have a backing file").hint("create it with -f qcow2")
+                );
+            }
+            options.set(name, value.clone());
+        }
+        match options.find("backing_fmt") {
+            Some(_) if options.backing().is_none() => {
+                Err(Error::invalid("the format of a backing file is given, but no backing file"))
+            }
+            Some(name) => Format::from_name(name).map(|_| options),
+            None => Ok(options),
+        }
+    }
+
+    /// Takes from the backing file what was not given: its format, its size.
+    fn look_at_backing(&self, file: &Path, backing: &Reference, options: &mut FormatOptions) -> Result<()> {
+        if self.backing_unsafe {
+            return match backing.format {
+                Some(_) => Ok(()),
+                None => Err(Error::invalid("with -u, the format of the backing file is needed")
+                    .hint("it is not opened; give its format with -F")),
+            };
+        }
+        let chain = Opener::new().backing_chain(file, Some(backing))?;
+        if let Some(top) = chain.top() {
+            options.set("backing_fmt", top.format().to_string());
+        }
+        if options.find("size").is_none() {
+            options.set("size", chain.virtual_size().to_string());
+        }
+        Ok(())
+    }
+}
+
+/// What is to be made.
+enum Wanted {
+    Raw(u64, Preallocation),
+    Qcow2(Box<Spec>),
+}
+
+impl Wanted {
+    fn validate(&self) -> Result<()> {
+        match self {
+            Self::Raw(..) => Ok(()),
+            Self::Qcow2(spec) => spec.validate(),
+        }
+    }
+
+    fn make(&self, path: &Path) -> Result<()> {
+        let data_path = match self {
+            Self::Qcow2(spec) => spec.data_file.as_deref().map(|name| data_path(path, name)).transpose()?,
+            Self::Raw(..) => None,
+        };
+        let file = LocalFile::create(path)?;
+        let made = match self {
+            Self::Raw(bytes, preallocation) => make_raw(&file, *bytes, *preallocation),
+            Self::Qcow2(spec) => make_qcow2(&file, data_path.as_deref(), spec),
+        };
+        if made.is_err() && !file.identity().is_block_device() {
+            // What is there is no image; that it cannot be removed is the smaller of two failures.
+            let _ = std::fs::remove_file(path);
+        }
+        made
+    }
+}
+
+fn make_qcow2(file: &LocalFile, data_path: Option<&Path>, spec: &Spec) -> Result<()> {
+    let data_file = data_path.map(LocalFile::create).transpose()?;
+    create(file, data_file.as_ref().map(|file| file as &dyn HostFile), spec)
+}
+
+fn make_raw(file: &LocalFile, bytes: u64, preallocation: Preallocation) -> Result<()> {
+    if file.identity().is_block_device() {
+        return match file.size() >= bytes {
+            true => Ok(()),
+            false => {
+                let what = format!("the device has {} bytes, not {bytes}", file.size());
+                Err(Error::new(ErrorKind::NoSpace, what).path(file.path()))
+            }
+        };
+    }
+    file.set_size(bytes)?;
+    match preallocation {
+        Preallocation::Off | Preallocation::Metadata => {}
+        Preallocation::Falloc => file.allocate(crate::file::HostOffset(0), bytes)?,
+        Preallocation::Full => write_zeros(file, 0, bytes)?,
+    }
+    file.sync()
+}
+
+/// Where the external data file lies. QEMU looks for a relative name in the current directory, and
+/// rebasefs beside the image: a name that would lead to two places is refused.
+fn data_path(image: &Path, name: &OsStr) -> Result<PathBuf> {
+    let reference = Reference { name: name.to_owned(), format: None };
+    let path = resolve(image, &reference)?.path;
+    let directory = image.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let directory = directory.unwrap_or(Path::new("."));
+    let same = Identity::of(directory).ok() == Identity::of(Path::new(".")).ok();
+    if Path::new(name).is_relative() && !same {
+        let what = format!("the name of the data file, '{}', is relative", name.display());
+        let hint = "QEMU would look for it in the current directory; write it with its full path";
+        return Err(Error::invalid(what).hint(hint));
+    }
+    let is_image = match (Identity::of(&path), Identity::of(image)) {
+        (Ok(data), Ok(image)) => data == image,
+        _ => path == image,
+    };
+    match is_image {
+        true => Err(Error::invalid("the data file cannot be the image itself").path(path)),
+        false => Ok(path),
+    }
 }

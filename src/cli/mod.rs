@@ -4,6 +4,7 @@
 mod check;
 mod compare;
 mod create;
+mod format_options;
 mod info;
 mod map;
 mod mount;

@@ -26,9 +26,10 @@ fn bytes(text: &str) -> Option<u128> {
     if let Some(digits) = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
         return u64::from_str_radix(digits, 16).ok().map(u128::from);
     }
-    let (number, shift) = match text.chars().last()?.to_ascii_lowercase() {
-        last if last.is_ascii_digit() || last == '.' => (text, 0),
-        last => (&text[..text.len() - 1], 10 * SUFFIXES.find(last)?),
+    let last = text.chars().last()?;
+    let (number, shift) = match last.is_ascii_digit() || last == '.' {
+        true => (text, 0),
+        false => (text.strip_suffix(last)?, 10 * SUFFIXES.find(last.to_ascii_lowercase())?),
     };
     let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
     let is_number = |digits: &str| digits.bytes().all(|byte| byte.is_ascii_digit());
@@ -51,12 +52,14 @@ pub(super) fn text(bytes: u64) -> String {
     format!("{} {}", significant(value, 3), UNITS[unit])
 }
 
-/// Like C's `%.{digits}g` for values that need no exponent.
+/// Like C's `%.{digits}g` for values below 10^`digits`.
 fn significant(value: f64, digits: usize) -> String {
-    let leading_zeros = if value > 0.0 && value < 1.0 { 0 } else { format!("{value:.0}").len() };
-    let text = format!("{value:.*}", digits.saturating_sub(leading_zeros));
+    let before_point = if value < 1.0 { 0 } else { format!("{}", value.trunc()).len() };
+    let text = format!("{value:.*}", digits.saturating_sub(before_point));
     match text.contains('.') {
         true => text.trim_end_matches('0').trim_end_matches('.').to_owned(),
+        // Rounded up to one digit more than there is room for.
+        false if text.len() > digits => format!("1e+{digits:02}"),
         false => text,
     }
 }
@@ -75,6 +78,10 @@ mod tests {
             (3 << 29, "1.5 GiB"),
             (1000 << 20, "0.977 GiB"),
             (10_000_000, "9.54 MiB"),
+            (99_960 << 10, "97.6 MiB"),
+            (1023 << 10, "0.999 MiB"),
+            (1_048_260_000, "1e+03 MiB"),
+            (10_484_711, "10 MiB"),
             (u64::MAX, "16 EiB"),
         ];
         for (bytes, words) in cases {

@@ -42,17 +42,24 @@ impl LocalFile {
         Self::from_file(file, path.to_owned(), access, cache)
     }
 
-    /// Creates `path`, or empties it if it exists.
+    /// Creates `path`, or empties it if it exists and no other process uses it. A block device
+    /// stays as it is.
     pub fn create(path: &Path) -> Result<Self> {
         let file = OpenOptions::new()
             .read(true)
             .write(true)
             .create(true)
-            .truncate(true)
+            // Not before it is known that nobody uses it.
+            .truncate(false)
             .custom_flags(sys::OPEN_IMAGE)
             .open(path)
             .map_err(|e| Error::io(e, "cannot create").path(path))?;
-        Self::from_file(file, path.to_owned(), Access::ReadWrite, CacheMode::default())
+        let file = Self::from_file(file, path.to_owned(), Access::ReadWrite, CacheMode::default())?;
+        file.lock(Lock::Write)?;
+        if !file.identity.is_block_device() {
+            file.set_size(0)?;
+        }
+        Ok(file)
     }
 
     fn from_file(file: File, path: PathBuf, access: Access, cache: CacheMode) -> Result<Self> {
@@ -193,6 +200,11 @@ impl HostFile for LocalFile {
         self.file.set_len(size).map_err(|e| self.failed(e, "cannot set the size", size))?;
         self.size.store(size, Ordering::Release);
         Ok(())
+    }
+
+    fn allocate(&self, at: HostOffset, length: u64) -> Result<()> {
+        let allocated = sys::allocate(&self.file, at.0, length);
+        allocated.map_err(|e| self.failed(e, "cannot allocate space", at.0))
     }
 
     fn punch(&self, at: HostOffset, length: u64) -> Result<()> {

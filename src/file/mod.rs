@@ -48,6 +48,13 @@ pub struct Identity {
     pub inode: u64,
 }
 
+impl Identity {
+    /// Whether it is that of a block device.
+    pub fn is_block_device(self) -> bool {
+        self.device == 0
+    }
+}
+
 /// Whether the file may be written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
@@ -93,6 +100,10 @@ pub trait HostFile: fmt::Debug + Send + Sync {
 
     /// Sets the length in bytes.
     fn set_size(&self, size: u64) -> Result<()>;
+
+    /// Gives a range within the length space on the file system, so that writing to it cannot
+    /// fail for want of it. What it reads as does not change.
+    fn allocate(&self, at: HostOffset, length: u64) -> Result<()>;
 
     /// Frees the blocks of a range, which reads as zeros afterwards. The length stays.
     fn punch(&self, at: HostOffset, length: u64) -> Result<()>;

@@ -9,12 +9,14 @@
 //! | `header`, `extension`, `entry`, `compressed`, `bitmap` | what bytes mean; pure |
 //! | `table`, `snapshot` | reading tables |
 //! | `refcount`, `staged`, `update`, `swap` | writing, in the order of invariants I2 and I3 |
+//! | `create` | making a new image |
 //! | `references`, `counts`, `stored`, `check` | who points where, and whether the refcounts say so |
 
 pub mod bitmap;
 pub mod check;
 pub mod compressed;
 mod counts;
+pub mod create;
 pub mod entry;
 pub mod extension;
 pub mod header;

@@ -325,7 +325,7 @@ mod tests {
         for order in 0..=6 {
             let mut block = vec![0; 64];
             let count = 512 >> order;
-            let value = |i: u64| (i * 0x9e37_79b9_7f4a_7c15) & max_refcount(order);
+            let value = |i: u64| i.wrapping_mul(0x9e37_79b9_7f4a_7c15) & max_refcount(order);
             (0..count).for_each(|i| write_refcount(&mut block, order, i, value(i)));
             (0..count).for_each(|i| assert_eq!(read_refcount(&block, order, i), value(i), "order {order}"));
         }
