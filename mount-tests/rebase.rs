@@ -3,6 +3,8 @@
 //! Pictures: a cell is a cluster, `--` is nothing. The old backing file is `old`, the new one
 //! `new`, the overlay `cow.qcow2`.
 
+mod random;
+
 use crate::scratch::Scratch;
 
 const CLUSTER: usize = 65536;
