@@ -23,13 +23,11 @@ pub mod header;
 pub mod refcount;
 mod references;
 pub mod snapshot;
-pub mod staged;
 mod stored;
-mod swap;
 pub mod table;
-mod update;
+mod writer;
 
-pub use update::Writer;
+pub use writer::Writer;
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;

@@ -13,12 +13,12 @@ use std::ffi::OsStr;
 use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
 
-use super::Preamble;
-use super::extension::{Extension, Extensions, kind};
-use super::header::{Header, MAX_BACKING_NAME, autoclear};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::file::{HostFile, HostOffset};
 use crate::layer::Reference;
+use crate::layer::qcow2::Preamble;
+use crate::layer::qcow2::extension::{Extension, Extensions, kind};
+use crate::layer::qcow2::header::{Header, MAX_BACKING_NAME, autoclear};
 
 /// What a disk writes as a whole or not at all.
 const SECTOR: usize = 512;

@@ -9,13 +9,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::entry::{self, COPIED, L2Entry};
-use super::header::Header;
-use super::refcount::Write;
-use super::table::{SLICE_BYTES, encode_words, read_words};
 use crate::error::{Context, Result};
 use crate::file::{HostFile, HostOffset};
 use crate::layer::GuestOffset;
+use crate::layer::qcow2::entry::{self, COPIED, L2Entry};
+use crate::layer::qcow2::header::Header;
+use crate::layer::qcow2::refcount::Write;
+use crate::layer::qcow2::table::{SLICE_BYTES, encode_words, read_words};
 
 /// The L1 table of a view.
 #[derive(Debug)]

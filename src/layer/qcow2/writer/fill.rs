@@ -1,48 +1,14 @@
-//! Writing an overlay: new clusters for what it did not hold, in the order of invariants I2 and I3.
+//! Filling: new clusters for guest bytes that the overlay did not hold, in all views at once.
 //!
-//! Owns the order of writes. Data goes to its place at once; refcounts, L2 and L1 tables change in
-//! memory and reach the file in [`commit`](Overlay::commit): first what nothing points to yet, then
-//! a barrier, then the pointers. So a cut at any point leaves leaked clusters at most.
+//! Owns what a fill is: find the L2 entries that lack something, find host clusters for them, write
+//! the content, stage the entries. Metadata changes in memory only; when it is written, and in
+//! which order, is the writer's business.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
-use super::entry::{COPIED, Cluster, L2Entry, SUBCLUSTERS, ZERO};
-use super::header::{Header, autoclear, field, incompatible};
-use super::refcount::{Refcounts, Write};
-use super::staged::{Staged, View};
-use super::swap;
-use super::{Preamble, Qcow2, check};
+use super::{REPAIR, State, Writer};
 use crate::error::{Context, Error, Result};
-use crate::file::{HostFile, HostOffset};
-use crate::layer::{Content, Detail, ExtentKind, Filled, GuestOffset, Layer, Missing, Overlay, Reference};
-
-/// Metadata that waits in memory is written when it reaches so many bytes.
-const STAGED_BUDGET: usize = 8 << 20;
-
-/// What to do about an image that must not be written.
-const REPAIR: &str = "repair it with `qemu-img check -r all` first";
-
-/// A qcow2 image that is being written: the active disk and all internal snapshots at once.
-#[derive(Debug)]
-pub struct Writer {
-    file: Arc<dyn HostFile>,
-    data_file: Arc<dyn HostFile>,
-    preamble: Preamble,
-    /// The active disk first.
-    views: Vec<Qcow2>,
-    state: Mutex<State>,
-}
-
-#[derive(Debug)]
-struct State {
-    refcounts: Refcounts,
-    staged: Staged,
-    /// Clusters to be released when what is staged is durable: offset, clusters, count.
-    to_release: Vec<(HostOffset, u64, u64)>,
-    /// A commit is under way, or has failed: what of it is durable is not known then, and nothing
-    /// may be built on it.
-    is_committing: bool,
-}
+use crate::file::HostOffset;
+use crate::layer::qcow2::entry::{COPIED, Cluster, L2Entry, SUBCLUSTERS, ZERO};
+use crate::layer::{Filled, GuestOffset};
 
 /// One host cluster that gets content, and the L2 entries that will point to it.
 #[derive(Debug)]
@@ -83,35 +49,6 @@ struct Group {
 }
 
 impl Writer {
-    /// Takes an image, opened for writing, as overlay. Refuses what must not be written.
-    pub fn open(image: &Qcow2) -> Result<Self> {
-        let preamble = image.preamble().clone();
-        refuse_corrupt(&preamble.header).path(image.file().path())?;
-        let mut views = vec![image.clone()];
-        let mut tables = vec![view(HostOffset(preamble.header.l1_offset), image)];
-        for snapshot in image.snapshots()? {
-            let at_snapshot = image.at_snapshot(&snapshot)?;
-            tables.push(view(HostOffset(snapshot.l1_offset), &at_snapshot));
-            views.push(at_snapshot);
-        }
-        let file = image.file().clone();
-        let state = State {
-            refcounts: Refcounts::read(file.clone(), &preamble.header)?,
-            staged: Staged::new(file.clone(), preamble.header.clone(), tables),
-            to_release: Vec::new(),
-            is_committing: false,
-        };
-        Ok(Self { data_file: image.data_file().clone(), file, preamble, views, state: Mutex::new(state) })
-    }
-
-    fn header(&self) -> &Header {
-        &self.preamble.header
-    }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Bit n: subcluster n of the cluster at `cluster` lies in `[start, end)`.
     fn subclusters_in(&self, cluster: u64, start: u64, end: u64) -> u32 {
         let size = self.header().cluster_size() / u64::from(SUBCLUSTERS);
@@ -258,7 +195,7 @@ impl Writer {
         Ok(())
     }
 
-    fn fill_zero(&self, at: GuestOffset, length: u64) -> Result<Filled> {
+    pub(super) fn fill_zero(&self, at: GuestOffset, length: u64) -> Result<Filled> {
         let state = &mut *self.state();
         let mut zeroed = 0;
         for (cluster, wanted) in self.clusters(at, length) {
@@ -268,7 +205,7 @@ impl Writer {
         Ok(Filled { copied: 0, zeroed })
     }
 
-    fn fill_data(&self, at: GuestOffset, bytes: &[u8]) -> Result<Filled> {
+    pub(super) fn fill_data(&self, at: GuestOffset, bytes: &[u8]) -> Result<Filled> {
         let mut placements = Vec::new();
         let placed = {
             let state = &mut *self.state();
@@ -336,71 +273,6 @@ impl Writer {
     fn bytes_of(&self, subclusters: u32) -> u64 {
         u64::from(subclusters.count_ones()) * (self.header().cluster_size() / u64::from(SUBCLUSTERS))
     }
-
-    fn commit_if_large(&self, state: &mut State) -> Result<()> {
-        match state.staged.bytes() + state.refcounts.dirty_bytes() > STAGED_BUDGET {
-            true => self.commit_state(state),
-            false => Ok(()),
-        }
-    }
-
-    fn commit_state(&self, state: &mut State) -> Result<()> {
-        if std::mem::replace(&mut state.is_committing, true) {
-            return Err(Error::invalid("an earlier write to the image failed; nothing more is written"));
-        }
-        self.clear_unknown_autoclear_bits()?;
-        self.write_in_order(state)?;
-        state.is_committing = false;
-        Ok(())
-    }
-
-    /// The one place that orders metadata writes.
-    fn write_in_order(&self, state: &mut State) -> Result<()> {
-        // 1. What nothing points to yet; and counts that can only leak.
-        self.write_all(state.refcounts.take_dirty())?;
-        self.write_all(state.staged.take_new_tables())?;
-        self.sync()?;
-        // 2. The pointers to new refcount blocks or a new refcount table: from here on the counts
-        //    of all that we allocated are durable.
-        let (links, old_table) = state.refcounts.take_links();
-        if !links.is_empty() {
-            self.write_all(links)?;
-            self.file.sync()?;
-        }
-        // 3. The pointers that let guest offsets lead to the new clusters.
-        let links = state.staged.take_links();
-        if !links.is_empty() {
-            self.write_all(links)?;
-            self.file.sync()?;
-        }
-        // 4. What no durable pointer needs any more.
-        let old_table = old_table.map(|(at, clusters)| (at, clusters, 1));
-        for (at, clusters, count) in state.to_release.drain(..).chain(old_table) {
-            state.refcounts.release(at, clusters, count)?;
-        }
-        self.write_all(state.refcounts.take_dirty())
-    }
-
-    fn write_all(&self, writes: Vec<Write>) -> Result<()> {
-        writes.into_iter().try_for_each(|(at, bytes)| self.file.write_at(at, &bytes))
-    }
-
-    fn sync(&self) -> Result<()> {
-        if self.header().has_data_file() {
-            self.data_file.sync()?;
-        }
-        self.file.sync()
-    }
-
-    /// A writer clears the autoclear bits that it does not know (qcow2 specification, *Header*).
-    fn clear_unknown_autoclear_bits(&self) -> Result<()> {
-        let known = self.header().autoclear & autoclear::KNOWN;
-        if self.header().autoclear == known {
-            return Ok(());
-        }
-        self.file.write_at(HostOffset(field::AUTOCLEAR as u64), &known.to_be_bytes())?;
-        self.file.sync()
-    }
 }
 
 impl State {
@@ -434,90 +306,6 @@ impl State {
             Origin::Fresh | Origin::CopyOf(_) => self.refcounts.release(placement.host, 1, placement.owners),
             Origin::InPlace | Origin::External => Ok(()),
         }
-    }
-}
-
-impl Overlay for Writer {
-    fn unit(&self) -> u64 {
-        let header = self.header();
-        if header.has_subclusters() {
-            header.cluster_size() / u64::from(SUBCLUSTERS)
-        } else {
-            header.cluster_size()
-        }
-    }
-
-    fn end(&self) -> u64 {
-        self.views.iter().map(Layer::virtual_size).max().unwrap_or(0)
-    }
-
-    /// A cluster that is in use although its refcount says that it is free would be overwritten.
-    fn check_tables(&self) -> Result<()> {
-        let path = self.file.path();
-        if self.header().incompatible & incompatible::DIRTY != 0 {
-            let what = "the image was not closed properly: its refcounts may be wrong";
-            return Err(Error::corrupt(what).path(path).hint(REPAIR));
-        }
-        let report = check::check(&self.views[0])?;
-        if report.is_sound() {
-            return Ok(());
-        }
-        let errors = report.corruptions + report.check_errors;
-        let first = report.messages.first().map_or("", String::as_str);
-        let what = format!("the image has {errors} errors and must not be written; the first: {first}");
-        Err(Error::corrupt(what).path(path).hint(REPAIR))
-    }
-
-    fn missing_at(&self, at: GuestOffset, length: u64) -> Result<Missing> {
-        let mut answer = Missing { is_missing: false, length };
-        for view in self.views.iter().filter(|view| at.0 < view.virtual_size()) {
-            let limit = answer.length.min(view.virtual_size() - at.0);
-            let extent = view.extent_at(at, limit, Detail::Owner)?;
-            answer.is_missing |= extent.kind == ExtentKind::NotMine;
-            answer.length = extent.length;
-        }
-        Ok(answer)
-    }
-
-    fn fill(&self, at: GuestOffset, content: Content<'_>) -> Result<Filled> {
-        let filled = match content {
-            Content::Data(bytes) => self.fill_data(at, bytes),
-            // Version 2 has no zero clusters.
-            Content::Zero(length) if self.header().version < 3 => {
-                self.fill_data(at, &vec![0; length as usize])
-            }
-            Content::Zero(length) => self.fill_zero(at, length),
-        };
-        filled.path(self.file.path())
-    }
-
-    fn commit(&self) -> Result<()> {
-        self.commit_state(&mut self.state())
-    }
-
-    fn check_backing(&self, backing: Option<&Reference>) -> Result<()> {
-        let header = self.header();
-        if backing.is_some() && header.autoclear & autoclear::DATA_FILE_RAW != 0 {
-            let what = "its external data file is a raw image by itself, which rules out a backing file";
-            return Err(Error::unsupported(what).path(self.file.path()));
-        }
-        swap::check(&*self.file, backing)
-    }
-
-    fn set_backing(&self, backing: Option<&Reference>) -> Result<()> {
-        self.check_backing(backing)?;
-        swap::swap(&*self.file, backing)
-    }
-}
-
-fn view(l1_at: HostOffset, image: &Qcow2) -> View {
-    View { l1_at, l1: image.l1().to_vec(), size: image.virtual_size() }
-}
-
-fn refuse_corrupt(header: &Header) -> Result<()> {
-    match header.incompatible & incompatible::CORRUPT {
-        0 => Ok(()),
-        _ => Err(Error::corrupt("the image is marked as corrupt and must not be written").hint(REPAIR)),
     }
 }
 
