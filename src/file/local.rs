@@ -143,6 +143,19 @@ fn refuse_other_types(metadata: &Metadata) -> Result<()> {
     }
 }
 
+/// Gives the locks back explicitly. They belong to the open file description, and a process that
+/// another thread is starting at this moment has a copy of the descriptor until it executes its
+/// program: closing ours would leave the image locked for as long.
+impl Drop for LocalFile {
+    fn drop(&mut self) {
+        let held = *self.lock.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if held != Lock::None {
+            // A file that cannot be unlocked is unlocked by being closed.
+            let _ = lock::apply(&self.file, held, Lock::None);
+        }
+    }
+}
+
 impl HostFile for LocalFile {
     fn path(&self) -> &Path {
         &self.path
