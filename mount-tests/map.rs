@@ -110,3 +110,15 @@ fn the_table_for_people_cannot_show_compressed_clusters() {
     assert!(s.rebasefs_fails(1, "map --start-offset x i.qcow2").contains("start offset 'x'"));
     s.rebasefs_fails(1, "map");
 }
+
+#[test]
+fn a_reader_that_goes_away_is_no_error() {
+    let s = Scratch::new();
+    s.qemu_img("create -f qcow2 -o cluster_size=512 i.qcow2 4M");
+    let writes: Vec<String> = (0..2000).map(|n| format!("write -P 1 {} 512", n * 1024)).collect();
+    s.qemu_io("qcow2", "i.qcow2", &writes.iter().map(String::as_str).collect::<Vec<_>>());
+    let script = format!("set -o pipefail; {} map --output=json i.qcow2 | head -n 1", rebasefs());
+    let ended = s.run_args("bash", &["-c", &script]);
+    assert_eq!((ended.code, ended.stderr.as_str()), (Some(0), ""));
+    assert!(ended.stdout.starts_with("[{"), "{}", ended.stdout);
+}

@@ -24,7 +24,9 @@ use crate::file::{HostFile, HostOffset};
 
 /// What L1 and bitmap tables may take together beyond eight times the space of the file on its
 /// disk. Tables of a valid image do not overlap; those of a hostile one could be read for ever.
-const TABLE_ALLOWANCE: u64 = 16 << 30;
+const TABLE_ALLOWANCE: u64 = 1 << 30;
+/// A table that is a hole of the file is not read: it costs this much less.
+const HOLE_DISCOUNT: u64 = 16;
 
 /// How many L1 entries point to an L2 table.
 #[derive(Clone, Copy, Default)]
@@ -99,6 +101,15 @@ impl<'a> Walk<'a> {
         true
     }
 
+    /// Whether a range of the file is zeros without being read; past the end it is.
+    fn is_hole(&self, offset: u64, size: u64) -> Result<bool> {
+        if size == 0 {
+            return Ok(true);
+        }
+        let run = self.file.run_at(HostOffset(offset), size)?;
+        Ok(!run.is_data && run.length >= size)
+    }
+
     fn affords(&mut self, what: &str, bytes: u64) -> bool {
         let left = self.table_bytes_left.checked_sub(bytes);
         self.table_bytes_left = left.unwrap_or(0);
@@ -112,11 +123,12 @@ impl<'a> Walk<'a> {
 
     fn l1_table(&mut self, what: &str, offset: u64, entries: u32, uses: Uses) -> Result<()> {
         let bytes = u64::from(entries) * 8;
-        if !self.affords(what, bytes.saturating_mul(uses.by_all)) {
+        let is_hole = self.is_hole(offset, bytes)?;
+        if !self.affords(what, if is_hole { bytes / HOLE_DISCOUNT } else { bytes }) {
             return Ok(());
         }
         self.add(what, offset, bytes, uses.by_all);
-        if entries == 0 || offset >= self.file.size() {
+        if is_hole {
             return Ok(());
         }
         for (index, entry) in
@@ -140,7 +152,7 @@ impl<'a> Walk<'a> {
             let text = format!("ERROR {what}, entry {index}: {entry:#018x} is not aligned to a cluster");
             self.report.corruption(uses.by_all, text);
         }
-        if uses.by_active > 0 {
+        if uses.by_active > 0 && table != 0 {
             let refcount = self.stored.of(table >> self.header.cluster_bits)?;
             self.copied_flag("L1 entry", index as u64, entry, refcount, uses.by_active);
         }
@@ -188,8 +200,7 @@ impl<'a> Walk<'a> {
 
     fn l2_table(&mut self, offset: u64, uses: Uses) -> Result<()> {
         let size = self.header.cluster_size();
-        let run = self.file.run_at(HostOffset(offset), size)?;
-        if !run.is_data && run.length >= size {
+        if self.is_hole(offset, size)? {
             return Ok(());
         }
         let words = read_words(self.file, HostOffset(offset), size / 8)?;
@@ -306,10 +317,14 @@ impl<'a> Walk<'a> {
 
     fn bitmap(&mut self, bitmap: &Bitmap) -> Result<()> {
         let bytes = u64::from(bitmap.table_entries) * 8;
-        if !self.affords("a bitmap table", bytes) {
+        let is_hole = self.is_hole(bitmap.table_offset, bytes)?;
+        if !self.affords("a bitmap table", if is_hole { bytes / HOLE_DISCOUNT } else { bytes }) {
             return Ok(());
         }
         self.add("bitmap table", bitmap.table_offset, bytes, 1);
+        if is_hole {
+            return Ok(());
+        }
         let entries = u64::from(bitmap.table_entries);
         for entry in read_words(self.file, HostOffset(bitmap.table_offset), entries)? {
             match data_cluster(entry, self.header) {
