@@ -1,0 +1,1 @@
+"""The parts of scripts/bench: images, workloads, measuring, the table."""

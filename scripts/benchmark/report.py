@@ -1,0 +1,40 @@
+"""The table: medians, ratios, memory, size."""
+
+from statistics import median
+from typing import NamedTuple
+
+HEADING = [
+    "| workload | rebasefs | QEMU | ratio | lowest – highest | peak memory | overlay afterwards |",
+    "|---|--:|--:|--:|--:|--:|--:|",
+]
+
+LEGEND = """Seconds are medians. The ratio is rebasefs / QEMU, the median over the pairs of runs (below 1: rebasefs
+is faster). Memory (resident) and size of the overlay: rebasefs / QEMU, the highest of all runs."""
+
+
+class Row(NamedTuple):
+    name: str
+    ours: list  # of Run
+    qemu: list
+    unit: str = ""  # what there is to do, for a rate beside the seconds: "MiB", "reads"
+    amount: int = 0
+    sizes: tuple = ()  # of the overlays afterwards, in bytes
+
+
+def line(row):
+    ratios = [ours.seconds / qemu.seconds for ours, qemu in zip(row.ours, row.qemu)]
+    spread = f"{min(ratios):.2f} – {max(ratios):.2f}"
+    peaks = " / ".join(size(max(run.peak for run in runs)) for runs in (row.ours, row.qemu))
+    sizes = " / ".join(map(size, row.sizes)) or "–"
+    cells = [row.name, time(row, row.ours), time(row, row.qemu), f"**{median(ratios):.2f}**", spread, peaks, sizes]
+    return f"| {' | '.join(cells)} |"
+
+
+def time(row, runs):
+    seconds = median(run.seconds for run in runs)
+    rate = f" ({row.amount / seconds:,.0f} {row.unit}/s)" if row.amount else ""
+    return f"{seconds:.3f} s{rate}" if seconds < 1 else f"{seconds:.2f} s{rate}"
+
+
+def size(count):
+    return f"{count / (1 << 20):,.0f} MiB"
