@@ -347,6 +347,35 @@ fn cancel_stops_a_rebase() {
 }
 
 #[test]
+fn what_a_failed_rebase_has_copied_is_not_copied_again() {
+    let s = Scratch::new();
+    s.draw_raw("base.raw", CLUSTER, &"11 ".repeat(64));
+    s.draw_raw("new.raw", CLUSTER, &"99 ".repeat(64));
+    s.qemu_img("create -q -f qcow2 -b base.raw -F raw cow.qcow2");
+    s.qemu_img("create -q -f qcow2 broken.qcow2 4M");
+    s.draw("broken.qcow2", CLUSTER, &("99 ".repeat(63) + "c99"));
+    // Behind header, refcount table and block, L1 and L2 table, and 63 clusters: what cannot be inflated.
+    s.poke("broken.qcow2", 68 * CLUSTER as u64, &[0xff; 16]);
+    let mounted = Mounted::new(&s, "cow.qcow2");
+    let error = mounted.rebase("broken.qcow2").unwrap_err();
+    assert!(error.to_string().contains("Structure needs cleaning"), "{error}");
+    mounted.rebase("new.raw").unwrap();
+    let copied: u64 = mounted.status("bytes-copied").parse().unwrap();
+    assert!(copied < 1 << 20, "{copied} bytes were copied");
+    assert_eq!(mounted.bytes(), [0x11; 64 * CLUSTER]);
+    s.check_clean("-U cow.qcow2");
+}
+
+#[test]
+fn force_share_is_not_for_writing() {
+    let scratch = old_and_new();
+    let _mounted = Mounted::new(&scratch, "cow.qcow2");
+    let said = scratch.rebasefs_fails(1, "rebase -U -b new.raw -F raw cow.qcow2");
+    assert!(said.contains("is in use by another process"), "{said}");
+    assert_eq!(backing(&scratch).0, "base.raw");
+}
+
+#[test]
 fn signals_to_the_writer_stop_a_rebase() {
     for signal in ["INT", "TERM", "KILL"] {
         let scratch = old_and_new();

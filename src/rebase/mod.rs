@@ -71,10 +71,11 @@ pub fn rebase(
     let image = overlay_of(top)?;
     progress.enter(Phase::Plan);
     let target = Target::open(top, opener, request)?;
-    let writer = Writer::open(image)?;
-    writer.check_backing(target.backing.as_ref())?;
-
     let lock = WriteLock::take(top, opener)?;
+    // As it is now: an earlier rebase of this chain that was stopped has written to it.
+    let image = image.reopen()?;
+    let writer = Writer::open(&image)?;
+    writer.check_backing(target.backing.as_ref())?;
     let report = match request.mode {
         Mode::Safe => {
             writer.check_tables()?;
@@ -167,32 +168,33 @@ fn warn_of_header_shown_to_guest(chain: &Chain) -> Result<()> {
     Ok(())
 }
 
-/// The write lock of the overlay; gives way to the read lock when dropped.
-struct WriteLock<'a>(Option<&'a Arc<dyn Layer>>);
+/// The write lock of the overlay, taken whatever `--force-share` says: that is about reading. Gives
+/// way to what was held before when dropped.
+struct WriteLock<'a> {
+    top: &'a Arc<dyn Layer>,
+    before: Lock,
+}
 
 impl<'a> WriteLock<'a> {
     fn take(top: &'a Arc<dyn Layer>, opener: &Opener) -> Result<Self> {
-        if !opener.takes_locks() {
-            return Ok(Self(None));
-        }
-        let lock = Self(Some(top));
+        let before = if opener.takes_locks() { Lock::Read } else { Lock::None };
+        let lock = Self { top, before };
         lock.set(Lock::Write).doing(|| "locking the overlay for writing".to_owned())?;
         Ok(lock)
     }
 
     fn set(&self, lock: Lock) -> Result<()> {
-        let Some(top) = self.0 else { return Ok(()) };
-        top.file().lock(lock)?;
-        match top.data_file().identity() == top.file().identity() {
+        self.top.file().lock(lock)?;
+        match self.top.data_file().identity() == self.top.file().identity() {
             true => Ok(()),
-            false => top.data_file().lock(lock),
+            false => self.top.data_file().lock(lock),
         }
     }
 }
 
 impl Drop for WriteLock<'_> {
     fn drop(&mut self) {
-        if let Err(error) = self.set(Lock::Read) {
+        if let Err(error) = self.set(self.before) {
             log::warn!("{error}");
         }
     }
