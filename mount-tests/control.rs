@@ -362,7 +362,7 @@ fn what_a_failed_rebase_has_copied_is_not_copied_again() {
     mounted.rebase("new.raw").unwrap();
     let copied: u64 = mounted.status("bytes-copied").parse().unwrap();
     assert!(copied < 1 << 20, "{copied} bytes were copied");
-    assert_eq!(mounted.bytes(), [0x11; 64 * CLUSTER]);
+    assert_eq!(mounted.bytes(), vec![0x11; 64 * CLUSTER]);
     s.check_clean("-U cow.qcow2");
 }
 
