@@ -8,9 +8,11 @@
 mod check;
 mod compare;
 mod control;
+mod crash;
 mod create;
 mod info;
 mod map;
+mod memory_file;
 mod mount;
 mod mounted;
 mod random_chain;

@@ -35,10 +35,21 @@ enum Origin {
     InPlace,
     /// It was free.
     Fresh,
-    /// It was free, and takes over the subclusters that this one, shared with others, holds.
-    CopyOf(HostOffset),
     /// It is a part of an external data file, where clusters are not counted.
     External,
+}
+
+/// Guest bytes to be filled in.
+struct Filling<'a> {
+    start: GuestOffset,
+    bytes: &'a [u8],
+}
+
+impl Filling<'_> {
+    fn part(&self, at: GuestOffset, length: usize) -> &[u8] {
+        let from = (at - self.start) as usize;
+        &self.bytes[from..from + length]
+    }
 }
 
 /// L2 tables that have the same entry for a guest cluster, and how many L1 tables lead there.
@@ -74,9 +85,15 @@ impl Writer {
     }
 
     /// Finds host clusters for the cluster at `at`, one for each different L2 entry.
-    fn place_cluster(&self, state: &mut State, at: GuestOffset, wanted: u32) -> Result<Vec<Placement>> {
+    fn place_cluster(
+        &self,
+        state: &mut State,
+        at: GuestOffset,
+        wanted: u32,
+        content: &Filling<'_>,
+    ) -> Result<Vec<Placement>> {
         let groups = self.groups(state, at, wanted)?;
-        groups.into_iter().map(|group| self.place_group(state, at, wanted, group)).collect()
+        groups.into_iter().map(|group| self.place_group(state, at, wanted, group, content)).collect()
     }
 
     fn place_group(
@@ -85,17 +102,16 @@ impl Writer {
         at: GuestOffset,
         wanted: u32,
         group: Group,
+        content: &Filling<'_>,
     ) -> Result<Placement> {
         let Group { entry: before, tables, owners } = group;
         let subclusters = self.missing_in(before, wanted)?;
-        let present = match before.decode(self.header())? {
-            Cluster::Standard(cluster) => cluster.host,
-            Cluster::Compressed { .. } => None,
-        };
-        let (host, origin) = match present {
+        let (host, origin) = match self.host_of(before)? {
             _ if self.header().has_data_file() => (HostOffset(at.0), Origin::External),
-            Some(host) if state.refcounts.of(host)? == owners => (host, Origin::InPlace),
-            Some(host) => (state.refcounts.allocate(1, owners)?.0, Origin::CopyOf(host)),
+            Some(host) => {
+                self.refuse_used(state, (at, host), subclusters, content)?;
+                (host, Origin::InPlace)
+            }
             None => (state.refcounts.allocate(1, owners)?.0, Origin::Fresh),
         };
         let copied = if owners == 1 || origin == Origin::External { COPIED } else { 0 };
@@ -106,6 +122,39 @@ impl Writer {
         };
         let after = L2Entry { word, bitmap };
         Ok(Placement { at, host, subclusters, before, after, tables, owners, origin })
+    }
+
+    /// Subclusters of a host cluster may be filled in place if no other view uses them. One that
+    /// does holds what is to be filled in: a rebase was cut short between two L2 tables.
+    fn refuse_used(
+        &self,
+        state: &mut State,
+        (at, host): (GuestOffset, HostOffset),
+        wanted: u32,
+        content: &Filling<'_>,
+    ) -> Result<()> {
+        let (mut owners, mut used) = (0, 0);
+        for shared in state.staged.tables_at(at)? {
+            let Some(table) = shared.table else { continue };
+            if let Cluster::Standard(cluster) = state.staged.entry(table, at)?.decode(self.header())?
+                && cluster.host == Some(host)
+            {
+                owners += shared.views.len() as u64;
+                used |= cluster.allocated;
+            }
+        }
+        self.refuse_foreign_owners(state, host, owners)?;
+        let size = self.header().cluster_size() / u64::from(SUBCLUSTERS);
+        for (first, count) in runs(used & wanted) {
+            let within = u64::from(first) * size;
+            let mut bytes = vec![0; (u64::from(count) * size) as usize];
+            self.data_file.read_at(host + within, &mut bytes)?;
+            if bytes != content.part(at + within, bytes.len()) {
+                let what = "a cluster is shared by snapshots in a way that cannot be followed";
+                return Err(self.foreign(what.to_owned(), host));
+            }
+        }
+        Ok(())
     }
 
     /// The L2 tables in which something of `wanted` is missing, grouped by the entry they have.
@@ -135,6 +184,13 @@ impl Writer {
         Ok(groups)
     }
 
+    fn host_of(&self, entry: L2Entry) -> Result<Option<HostOffset>> {
+        match entry.decode(self.header()).path(self.file.path())? {
+            Cluster::Standard(cluster) => Ok(cluster.host),
+            Cluster::Compressed { .. } => Ok(None),
+        }
+    }
+
     /// Which of the `wanted` subclusters an entry leaves to the backing file.
     fn missing_in(&self, entry: L2Entry, wanted: u32) -> Result<u32> {
         match entry.decode(self.header()).path(self.file.path())? {
@@ -143,24 +199,27 @@ impl Writer {
         }
     }
 
-    /// An L2 table with more references than we know of must not be changed in place.
-    fn refuse_foreign_owners(&self, state: &mut State, table: HostOffset, owners: u64) -> Result<()> {
-        let count = state.refcounts.of(table)?;
-        if count == owners {
-            return Ok(());
+    /// What has more references than we know of must not be changed in place.
+    fn refuse_foreign_owners(&self, state: &mut State, at: HostOffset, owners: u64) -> Result<()> {
+        match state.refcounts.of(at)? {
+            count if count == owners => Ok(()),
+            count => {
+                Err(self
+                    .foreign(format!("a cluster is used {owners} times, but its refcount is {count}"), at))
+            }
         }
-        let what = format!("an L2 table is used {owners} times, but its refcount is {count}");
-        Err(Error::corrupt(what).path(self.file.path()).offset(table.0).hint(REPAIR))
+    }
+
+    fn foreign(&self, what: String, at: HostOffset) -> Error {
+        Error::corrupt(what).path(self.file.path()).offset(at.0).hint(REPAIR)
     }
 
     /// Writes the content of a fill to its placements: neighbours in one go.
-    fn write_data(&self, start: GuestOffset, bytes: &[u8], placements: &[Placement]) -> Result<()> {
+    fn write_data(&self, content: &Filling<'_>, placements: &[Placement]) -> Result<()> {
+        let Filling { start, bytes } = *content;
         let size = self.header().cluster_size() / u64::from(SUBCLUSTERS);
         let mut pending: Option<(HostOffset, usize, usize)> = None;
         for placement in placements {
-            if let Origin::CopyOf(old) = placement.origin {
-                self.take_over(placement, old)?;
-            }
             for (first, count) in runs(placement.subclusters) {
                 let within = u64::from(first) * size;
                 let host = placement.host + within;
@@ -182,19 +241,6 @@ impl Writer {
         }
     }
 
-    /// Copies the subclusters that a shared cluster holds to its successor.
-    fn take_over(&self, placement: &Placement, old: HostOffset) -> Result<()> {
-        let Cluster::Standard(cluster) = placement.before.decode(self.header())? else { return Ok(()) };
-        let size = self.header().cluster_size() / u64::from(SUBCLUSTERS);
-        for (first, count) in runs(cluster.allocated) {
-            let within = u64::from(first) * size;
-            let mut bytes = vec![0; (u64::from(count) * size) as usize];
-            self.data_file.read_at(old + within, &mut bytes)?;
-            self.data_file.write_at(placement.host + within, &bytes)?;
-        }
-        Ok(())
-    }
-
     pub(super) fn fill_zero(&self, at: GuestOffset, length: u64) -> Result<Filled> {
         let state = &mut *self.state();
         let mut zeroed = 0;
@@ -206,15 +252,16 @@ impl Writer {
     }
 
     pub(super) fn fill_data(&self, at: GuestOffset, bytes: &[u8]) -> Result<Filled> {
+        let content = Filling { start: at, bytes };
         let mut placements = Vec::new();
         let placed = {
             let state = &mut *self.state();
             self.clusters(at, bytes.len() as u64).try_for_each(|(cluster, wanted)| {
-                placements.extend(self.place_cluster(state, cluster, wanted)?);
+                placements.extend(self.place_cluster(state, cluster, wanted, &content)?);
                 Ok(())
             })
         };
-        let written = placed.and_then(|()| self.write_data(at, bytes, &placements));
+        let written = placed.and_then(|()| self.write_data(&content, &placements));
         let mut filled = Filled::default();
         let overtaken = {
             let state = &mut *self.state();
@@ -294,16 +341,13 @@ impl State {
         for &table in &placement.tables {
             self.staged.set_entry(table, placement.at, placement.after)?;
         }
-        if let Origin::CopyOf(old) = placement.origin {
-            self.to_release.push((old, 1, placement.owners));
-        }
         Ok(true)
     }
 
     /// Gives back what was allocated for a placement that failed.
     fn undo(&mut self, placement: &Placement) -> Result<()> {
         match placement.origin {
-            Origin::Fresh | Origin::CopyOf(_) => self.refcounts.release(placement.host, 1, placement.owners),
+            Origin::Fresh => self.refcounts.release(placement.host, 1, placement.owners),
             Origin::InPlace | Origin::External => Ok(()),
         }
     }

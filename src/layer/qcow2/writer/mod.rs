@@ -41,8 +41,6 @@ pub struct Writer {
 struct State {
     refcounts: Refcounts,
     staged: Staged,
-    /// Clusters to be released when what is staged is durable: offset, clusters, count.
-    to_release: Vec<(HostOffset, u64, u64)>,
     /// A commit is under way, or has failed: what of it is durable is not known then, and nothing
     /// may be built on it.
     is_committing: bool,
@@ -64,7 +62,6 @@ impl Writer {
         let state = State {
             refcounts: Refcounts::read(file.clone(), &preamble.header)?,
             staged: Staged::new(file.clone(), preamble.header.clone(), tables),
-            to_release: Vec::new(),
             is_committing: false,
         };
         Ok(Self { data_file: image.data_file().clone(), file, preamble, views, state: Mutex::new(state) })
@@ -115,9 +112,8 @@ impl Writer {
             self.file.sync()?;
         }
         // 4. What no durable pointer needs any more.
-        let old_table = old_table.map(|(at, clusters)| (at, clusters, 1));
-        for (at, clusters, count) in state.to_release.drain(..).chain(old_table) {
-            state.refcounts.release(at, clusters, count)?;
+        if let Some((at, clusters)) = old_table {
+            state.refcounts.release(at, clusters, 1)?;
         }
         self.write_all(state.refcounts.take_dirty())
     }

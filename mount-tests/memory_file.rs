@@ -1,0 +1,132 @@
+//! A host file in memory that remembers what was done to it, and fails where it is told to.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use rebasefs::error::{Error, ErrorKind, Result};
+use rebasefs::file::{Access, HostFile, HostOffset, Identity, Lock, Run};
+
+/// What was done to the file, in order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Operation {
+    Write(u64, Vec<u8>),
+    SetSize(u64),
+    Sync,
+}
+
+impl Operation {
+    /// Does the same to `bytes`.
+    pub fn apply(&self, bytes: &mut Vec<u8>) {
+        match self {
+            Self::Write(at, written) => {
+                let (at, end) = (*at as usize, *at as usize + written.len());
+                bytes.resize(bytes.len().max(end), 0);
+                bytes[at..end].copy_from_slice(written);
+            }
+            Self::SetSize(size) => bytes.resize(*size as usize, 0),
+            Self::Sync => {}
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct State {
+    bytes: Vec<u8>,
+    log: Vec<Operation>,
+    /// The operation with this number fails, and all after it.
+    fails_from: Option<(usize, ErrorKind)>,
+}
+
+/// The file. Its clones are the same file.
+#[derive(Clone, Debug)]
+pub struct MemoryFile(Arc<Mutex<State>>);
+
+impl MemoryFile {
+    pub fn new(bytes: Vec<u8>) -> Self {
+        Self(Arc::new(Mutex::new(State { bytes, ..State::default() })))
+    }
+
+    /// Lets the operation with that number fail, and all after it.
+    pub fn failing_from(bytes: Vec<u8>, number: usize, kind: ErrorKind) -> Self {
+        Self(Arc::new(Mutex::new(State { bytes, fails_from: Some((number, kind)), ..State::default() })))
+    }
+
+    pub fn bytes(&self) -> Vec<u8> {
+        self.0.lock().unwrap().bytes.clone()
+    }
+
+    pub fn log(&self) -> Vec<Operation> {
+        self.0.lock().unwrap().log.clone()
+    }
+
+    fn perform(&self, operation: Operation) -> Result<()> {
+        let mut state = self.0.lock().unwrap();
+        if let Some((from, kind)) = state.fails_from
+            && state.log.len() >= from
+        {
+            return Err(Error::new(kind, "the disk is broken").path(self.path()).offset(77));
+        }
+        operation.apply(&mut state.bytes);
+        state.log.push(operation);
+        Ok(())
+    }
+}
+
+impl HostFile for MemoryFile {
+    fn path(&self) -> &Path {
+        Path::new("memory.qcow2")
+    }
+
+    fn identity(&self) -> Identity {
+        Identity { device: u64::MAX, inode: 1 }
+    }
+
+    fn access(&self) -> Access {
+        Access::ReadWrite
+    }
+
+    fn size(&self) -> u64 {
+        self.0.lock().unwrap().bytes.len() as u64
+    }
+
+    fn allocated_bytes(&self) -> Result<u64> {
+        Ok(self.size())
+    }
+
+    fn read_at(&self, at: HostOffset, buffer: &mut [u8]) -> Result<()> {
+        let state = self.0.lock().unwrap();
+        let start = (at.0 as usize).min(state.bytes.len());
+        let end = (start + buffer.len()).min(state.bytes.len());
+        buffer[..end - start].copy_from_slice(&state.bytes[start..end]);
+        buffer[end - start..].fill(0);
+        Ok(())
+    }
+
+    fn write_at(&self, at: HostOffset, buffer: &[u8]) -> Result<()> {
+        self.perform(Operation::Write(at.0, buffer.to_vec()))
+    }
+
+    fn set_size(&self, size: u64) -> Result<()> {
+        self.perform(Operation::SetSize(size))
+    }
+
+    fn punch(&self, at: HostOffset, length: u64) -> Result<()> {
+        self.perform(Operation::Write(at.0, vec![0; length as usize]))
+    }
+
+    fn allocate(&self, _: HostOffset, _: u64) -> Result<()> {
+        unimplemented!("no rebase allocates space without writing to it")
+    }
+
+    fn sync(&self) -> Result<()> {
+        self.perform(Operation::Sync)
+    }
+
+    fn run_at(&self, _: HostOffset, length: u64) -> Result<Run> {
+        Ok(Run { is_data: true, length })
+    }
+
+    fn lock(&self, _: Lock) -> Result<()> {
+        Ok(())
+    }
+}
