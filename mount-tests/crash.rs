@@ -160,7 +160,7 @@ fn subsets(pending: &[Operation], random: &mut Random) -> Vec<Vec<Operation>> {
         found.push(without);
     }
     for torn in torn(last, random) {
-        found.push([before, &[torn.clone()]].concat());
+        found.push([before, std::slice::from_ref(&torn)].concat());
         found.push(vec![torn]);
     }
     for _ in 0..if before.is_empty() { 0 } else { 44 } {
