@@ -63,7 +63,7 @@ impl Case {
         let open = |name: &str| opener.chain(&s.path(name), None, Access::ReadOnly).unwrap();
         let (old, new) = (open("old"), target.map_or_else(Chain::default, open));
         let name = |name: &str| Reference { name: s.path(name).into(), format: Some("raw".to_owned()) };
-        let request = Request { backing: target.map(name), mode: Mode::Safe };
+        let request = Request { backing: target.map(name), mode: Mode::Safe, verify: false };
         let truth = views(&MemoryFile::new(overlay.clone()), &old);
         assert!(truth[0] == s.guest_bytes("qcow2", "cow.qcow2"));
         let name = format!("{options} onto {target:?}, snapshots: {has_snapshots}");
@@ -252,4 +252,27 @@ fn a_disk_that_fails_at_any_write_or_sync_loses_nothing_and_the_rebase_can_be_st
         }
     }
     println!("{faults} faults, nothing lost");
+}
+
+#[test]
+fn verify_sees_what_a_lying_disk_has_stored_and_leaves_the_image_on_its_old_backing_file() {
+    let mut lies = 0;
+    for mut case in cases() {
+        case.request.verify = true;
+        let honest = MemoryFile::new(case.overlay.clone());
+        case.rebase(&honest).unwrap();
+        case.judge(honest.bytes(), &|| "an honest disk".to_owned());
+        // Guest data, not metadata: one value throughout.
+        let is_data = |operation: &Operation| matches!(operation, Operation::Write(_, bytes) if bytes[0] != 0 && bytes.iter().all(|b| *b == bytes[0]));
+        let log = honest.log();
+        for number in (0..log.len()).filter(|&number| is_data(&log[number])).take(3) {
+            let file = MemoryFile::lying_at(case.overlay.clone(), number);
+            let error = case.rebase(&file).unwrap_err();
+            assert!(error.to_string().contains("would read differently at guest offset"), "{error}");
+            assert_eq!(open(&file).backing().map(|backing| backing.name.clone()), Some("old".into()));
+            lies += 1;
+        }
+    }
+    println!("{lies} lies, all seen");
+    assert!(lies > 20);
 }

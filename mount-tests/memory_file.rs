@@ -35,6 +35,8 @@ struct State {
     log: Vec<Operation>,
     /// The operation with this number fails, and all after it.
     fails_from: Option<(usize, ErrorKind)>,
+    /// The write with this number is stored with a wrong byte.
+    lies_at: Option<usize>,
 }
 
 /// The file. Its clones are the same file.
@@ -49,6 +51,11 @@ impl MemoryFile {
     /// Lets the operation with that number fail, and all after it.
     pub fn failing_from(bytes: Vec<u8>, number: usize, kind: ErrorKind) -> Self {
         Self(Arc::new(Mutex::new(State { bytes, fails_from: Some((number, kind)), ..State::default() })))
+    }
+
+    /// Lets the write with that number be stored with a wrong byte.
+    pub fn lying_at(bytes: Vec<u8>, number: usize) -> Self {
+        Self(Arc::new(Mutex::new(State { bytes, lies_at: Some(number), ..State::default() })))
     }
 
     pub fn bytes(&self) -> Vec<u8> {
@@ -66,7 +73,11 @@ impl MemoryFile {
         {
             return Err(Error::new(kind, "the disk is broken").path(self.path()).offset(77));
         }
-        operation.apply(&mut state.bytes);
+        let mut stored = operation.clone();
+        if let (true, Operation::Write(_, bytes)) = (state.lies_at == Some(state.log.len()), &mut stored) {
+            bytes[0] ^= 0xff;
+        }
+        stored.apply(&mut state.bytes);
         state.log.push(operation);
         Ok(())
     }

@@ -372,3 +372,30 @@ fn what_is_not_supported_is_refused_by_name_before_anything_is_written() {
     }
     assert!(before == std::fs::read(scratch.path("cow.qcow2")).unwrap());
 }
+
+#[test]
+fn a_dry_run_says_what_a_rebase_does_and_writes_nothing() {
+    for shape in ["compat=1.1", "compat=0.10", "extended_l2=on"] {
+        let scratch = three(shape, "11 11 -- 11 11 --", "11 22 22 22 -- --", "-- -- -- 77 -- --");
+        let before = std::fs::read(scratch.path("cow.qcow2")).unwrap();
+        let read = |arguments: &str| -> serde_json::Value {
+            serde_json::from_str(
+                &scratch.rebasefs(&format!("rebase {arguments} --output=json -b new cow.qcow2")),
+            )
+            .unwrap()
+        };
+        let dry = read("--dry-run");
+        assert!(before == std::fs::read(scratch.path("cow.qcow2")).unwrap());
+        let real = read("--verify");
+        for figure in ["missing", "equal", "compared", "copied", "zeroed"] {
+            assert_eq!(dry[figure], real[figure], "{shape}: {figure}");
+        }
+        let ranges = dry["ranges"].as_array().unwrap();
+        let sum: u64 = ranges.iter().map(|range| range["length"].as_u64().unwrap()).sum();
+        assert_eq!(sum, real["copied"].as_u64().unwrap() + real["zeroed"].as_u64().unwrap());
+        assert_eq!(ranges[0]["start"], CLUSTER);
+    }
+    let scratch = three("compat=1.1", "11 11", "11 22", "-- --");
+    let said = scratch.rebasefs("rebase --dry-run -b new cow.qcow2");
+    assert!(said.starts_with("copy 0x10000 0x10000\nNothing written: of 128 KiB"), "{said}");
+}

@@ -79,7 +79,7 @@
 //! assert_eq!(bytes, [0x11; 512]);
 //!
 //! // It stands on the second disk now, and its guest sees the same.
-//! let request = Request { backing: Some(named("new.img")), mode: Mode::Safe };
+//! let request = Request { backing: Some(named("new.img")), mode: Mode::Safe, verify: false };
 //! let (chain, report) = rebase(&chain, &opener, &request, &Progress::default())?;
 //! chain.read_at(GuestOffset(0x8000), &mut bytes)?;
 //! assert_eq!(bytes, [0x11; 512]);

@@ -90,6 +90,15 @@ pub fn punch_hole(file: &File, offset: u64, length: u64) -> io::Result<()> {
     check(unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, length) }).map(drop)
 }
 
+/// Drops the clean pages of a file from the page cache.
+pub fn drop_cache(file: &File) -> io::Result<()> {
+    // SAFETY: the descriptor is open for as long as `file` is borrowed; no memory is passed.
+    match unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) } {
+        0 => Ok(()),
+        errno => Err(io::Error::from_raw_os_error(errno)),
+    }
+}
+
 fn byte_lock(kind: libc::c_int, byte: u64) -> io::Result<libc::flock> {
     // SAFETY: `flock` is plain old data; all zeros is a valid value.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };

@@ -7,14 +7,15 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
 use clap::Args;
+use serde_json::json;
 
-use super::options::{self, Opening, Refused};
+use super::options::{self, Opening, Output, Refused};
 use super::{print, size};
 use crate::chain::Chain;
 use crate::error::{Error, Result};
 use crate::file::{Access, CacheMode};
 use crate::layer::{Format, Reference};
-use crate::rebase::{Mode, Progress, Report, Request, rebase};
+use crate::rebase::{Copied, Mode, Progress, Rehearsal, Report, Request, rebase, rehearse};
 
 /// Give an image another backing file and keep every guest-visible byte
 ///
@@ -45,6 +46,16 @@ pub(super) struct Arguments {
     /// Cache mode of the backing files
     #[arg(short = 'T', long, value_name = "CACHE", value_parser = CacheMode::from_name, default_value = "writeback")]
     backing_cache: CacheMode,
+    /// Change nothing: say what would be compared and copied
+    #[arg(long, conflicts_with = "is_unsafe")]
+    dry_run: bool,
+    /// Before the header names the new backing file, compare all that the image will read as, from
+    /// what is on disk, with what it reads as now
+    #[arg(long, conflicts_with = "is_unsafe")]
+    verify: bool,
+    /// How to print what happened
+    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    output: Output,
     /// Show how far it has come
     #[arg(short, long)]
     progress: bool,
@@ -81,6 +92,7 @@ impl Arguments {
         Request {
             backing: name.map(|name| Reference { name, format: self.backing_format.clone() }),
             mode: if self.is_unsafe { Mode::Unsafe } else { Mode::Safe },
+            verify: self.verify,
         }
     }
 }
@@ -92,28 +104,66 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
     }
     let opener = arguments.opening.opener().caching(arguments.cache, arguments.backing_cache);
     let request = arguments.request();
-    let (image, access) = (&arguments.image, Access::ReadWrite);
+    let (image, progress) = (&arguments.image, Progress::default());
+    let access = if arguments.dry_run { Access::ReadOnly } else { Access::ReadWrite };
     let chain = match request.mode {
         Mode::Safe => opener.chain(image, arguments.format, access)?,
         Mode::Unsafe => Chain::new([opener.layer(image, arguments.format, access)?]),
     };
-    let progress = Progress::default();
-    let (_, report) = match arguments.progress && !arguments.quiet {
-        true => shown(&progress, || rebase(&chain, &opener, &request, &progress))?,
-        false => rebase(&chain, &opener, &request, &progress)?,
+    let work = || match arguments.dry_run {
+        true => rehearse(&chain, &opener, &request, &progress),
+        false => rebase(&chain, &opener, &request, &progress)
+            .map(|(_, report)| Rehearsal { report, ..Rehearsal::default() }),
+    };
+    let done = match arguments.progress && !arguments.quiet {
+        true => shown(&progress, work)?,
+        false => work()?,
     };
     if !arguments.quiet && request.mode == Mode::Safe {
-        print::print(&summary(&report))?;
+        print_result(arguments, &done)?;
     }
     Ok(ExitCode::SUCCESS)
 }
 
+fn print_result(arguments: &Arguments, done: &Rehearsal) -> Result<()> {
+    match arguments.output {
+        Output::Json => print::print_json(&as_json(arguments, done)),
+        Output::Human => {
+            let kind = |range: &Copied| if range.is_zero { "zero" } else { "copy" };
+            let line = |range: &Copied| format!("{} {:#x} {:#x}\n", kind(range), range.start, range.length);
+            print::print(
+                &(done.ranges.iter().map(line).collect::<String>() + &summary(arguments, &done.report)),
+            )
+        }
+    }
+}
+
+fn as_json(arguments: &Arguments, done: &Rehearsal) -> serde_json::Value {
+    let Report { missing, equal, compared, copied, zeroed } = done.report;
+    let range =
+        |range: &Copied| json!({"start": range.start.0, "length": range.length, "zero": range.is_zero});
+    let mut object = json!({
+        "filename": arguments.image.to_string_lossy(),
+        "dry-run": arguments.dry_run,
+        "missing": missing,
+        "equal": equal,
+        "compared": compared,
+        "copied": copied,
+        "zeroed": zeroed,
+    });
+    if arguments.dry_run {
+        object["ranges"] = done.ranges.iter().map(range).collect();
+    }
+    object
+}
+
 /// One line on what happened.
-fn summary(report: &Report) -> String {
+fn summary(arguments: &Arguments, report: &Report) -> String {
     let [missing, equal, compared, copied, zeroed] =
         [report.missing, report.equal, report.compared, report.copied, report.zeroed].map(size::text);
+    let what = if arguments.dry_run { "Nothing written" } else { "Image rebased" };
     format!(
-        "Image rebased: of {missing} not in the overlay, {equal} were equal by metadata, {compared} compared; \
+        "{what}: of {missing} not in the overlay, {equal} were equal by metadata, {compared} compared; \
          {copied} copied, {zeroed} zeroed\n"
     )
 }

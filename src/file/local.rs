@@ -232,6 +232,10 @@ impl HostFile for LocalFile {
         self.file.sync_data().map_err(|e| Error::io(e, "cannot sync").path(&self.path))
     }
 
+    fn drop_cache(&self) -> Result<()> {
+        sys::drop_cache(&self.file).map_err(|e| Error::io(e, "cannot drop what is cached").path(&self.path))
+    }
+
     fn run_at(&self, at: HostOffset, length: u64) -> Result<Run> {
         let size = self.size();
         if at.0 >= size {

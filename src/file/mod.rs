@@ -111,6 +111,12 @@ pub trait HostFile: fmt::Debug + Send + Sync {
     /// Returns when all that was written is durable, and what is needed to find it (`fdatasync`).
     fn sync(&self) -> Result<()>;
 
+    /// Lets the kernel forget what it has cached, so that what is read next comes from the disk.
+    /// Does nothing where there is no cache.
+    fn drop_cache(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// The run that begins at `at`, at most `length` (≥ 1) bytes long. A file system that cannot
     /// tell answers data; beyond the end there is a hole.
     fn run_at(&self, at: HostOffset, length: u64) -> Result<Run>;

@@ -171,6 +171,9 @@ pub trait Overlay: Send + Sync {
     /// holds, at most `length` (≥ 1) bytes.
     fn missing_at(&self, at: GuestOffset, length: u64) -> Result<Missing>;
 
+    /// Whether zeros can be held without data.
+    fn has_zero_clusters(&self) -> bool;
+
     /// Lets every view that falls through to the backing file in this range hold `content`
     /// itself. What a view holds already stays. The range begins at a multiple of
     /// [`unit`](Self::unit) and ends at one. May be called from several threads for disjoint

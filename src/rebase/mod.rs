@@ -3,7 +3,7 @@
 //! The only place that lists the phases and the durability barriers between them:
 //!
 //! ```text
-//! open ─ plan ─ compare + copy ─ barrier ─ swap (its own barrier) ─ reopen
+//! open ─ plan ─ compare + copy ─ barrier ─ [verify] ─ swap (its own barrier) ─ reopen
 //! ```
 //!
 //! Knows layers and chains; knows nothing of command lines and mounts. May be stopped anywhere:
@@ -13,10 +13,13 @@ mod compare;
 mod copy;
 mod plan;
 mod progress;
+mod rehearse;
+mod verify;
 
 use std::sync::Arc;
 
 pub use progress::{Phase, Progress};
+pub use rehearse::{Copied, Rehearsal, rehearse};
 
 use crate::chain::{Chain, Opener};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -41,6 +44,9 @@ pub struct Request {
     pub backing: Option<Reference>,
     /// Safe or not.
     pub mode: Mode,
+    /// Whether to compare all that the image will read as with what it reads as now, before the
+    /// swap.
+    pub verify: bool,
 }
 
 /// What a rebase did, in bytes of guest address space.
@@ -79,7 +85,13 @@ pub fn rebase(
     let report = match request.mode {
         Mode::Safe => {
             writer.check_tables()?;
-            copy::copy_differences(&writer, &chain.below(0), &target.chain, progress)?
+            let old = chain.below(0);
+            let report = copy::copy_differences(&writer, &old, &target.chain, progress)?;
+            if request.verify {
+                progress.enter(Phase::Verify);
+                verify::verify(&image, &old, &target.chain, progress).doing(|| "verifying".to_owned())?;
+            }
+            report
         }
         Mode::Unsafe => Report::default(),
     };
@@ -91,19 +103,21 @@ pub fn rebase(
 }
 
 fn overlay_of(top: &Arc<dyn Layer>) -> Result<&Qcow2> {
-    let file = top.file();
-    let image = top.as_qcow2().ok_or_else(|| {
-        let what =
-            format!("a {} image has no backing file to change; only qcow2 can be rebased", top.format());
-        Error::unsupported(what).path(file.path())
-    })?;
-    match file.access() {
-        Access::ReadWrite => Ok(image),
+    match top.file().access() {
+        Access::ReadWrite => qcow2_of(top),
         Access::ReadOnly => {
             let what = "was opened for reading only and cannot be rebased";
-            Err(Error::new(ErrorKind::ReadOnly, what).path(file.path()))
+            Err(Error::new(ErrorKind::ReadOnly, what).path(top.file().path()))
         }
     }
+}
+
+fn qcow2_of(top: &Arc<dyn Layer>) -> Result<&Qcow2> {
+    top.as_qcow2().ok_or_else(|| {
+        let what =
+            format!("a {} image has no backing file to change; only qcow2 can be rebased", top.format());
+        Error::unsupported(what).path(top.file().path())
+    })
 }
 
 /// What the overlay shall stand on.

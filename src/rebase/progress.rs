@@ -16,6 +16,8 @@ pub enum Phase {
     Copy,
     /// Making durable what was copied.
     Commit,
+    /// Comparing what the image will read as with what it reads as now.
+    Verify,
     /// Letting the header name the new backing file.
     Swap,
     /// Over.
@@ -29,6 +31,7 @@ impl Phase {
             Self::Plan => "plan",
             Self::Copy => "copy",
             Self::Commit => "commit",
+            Self::Verify => "verify",
             Self::Swap => "swap",
             Self::Done => "done",
         }
@@ -39,7 +42,8 @@ impl Phase {
             0 => Self::Plan,
             1 => Self::Copy,
             2 => Self::Commit,
-            3 => Self::Swap,
+            3 => Self::Verify,
+            4 => Self::Swap,
             _ => Self::Done,
         }
     }

@@ -57,7 +57,7 @@ pub(super) fn backing(line: Vec<u8>) -> Result<Request> {
     }
     let name = OsString::from_vec(line);
     let backing = (!name.is_empty()).then_some(Reference { name, format: None });
-    Ok(Request { backing, mode: Mode::Safe })
+    Ok(Request { backing, mode: Mode::Safe, verify: false })
 }
 
 #[cfg(test)]

@@ -114,7 +114,7 @@ mod tests {
 
     fn request(name: &str) -> Request {
         let backing = (!name.is_empty()).then(|| Reference { name: name.into(), format: None });
-        Request { backing, mode: Mode::Safe }
+        Request { backing, mode: Mode::Safe, verify: false }
     }
 
     fn text(running: Option<(&Request, &Progress)>, last: Option<&Outcome>) -> String {

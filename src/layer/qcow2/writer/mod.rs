@@ -182,11 +182,14 @@ impl Overlay for Writer {
         Ok(answer)
     }
 
+    fn has_zero_clusters(&self) -> bool {
+        self.header().version >= 3
+    }
+
     fn fill(&self, at: GuestOffset, content: Content<'_>) -> Result<Filled> {
         let filled = match content {
             Content::Data(bytes) => self.fill_data(at, bytes),
-            // Version 2 has no zero clusters.
-            Content::Zero(length) if self.header().version < 3 => {
+            Content::Zero(length) if !self.has_zero_clusters() => {
                 self.fill_data(at, &vec![0; length as usize])
             }
             Content::Zero(length) => self.fill_zero(at, length),

@@ -1,0 +1,108 @@
+//! A rebase that writes nothing: what would be read, compared, copied.
+//!
+//! Runs the engine on an overlay that only takes notes.
+
+use std::sync::{Mutex, PoisonError};
+
+use super::{Progress, Report, Request, Target, copy};
+use crate::chain::{Chain, Opener};
+use crate::error::{Error, Result};
+use crate::layer::qcow2::Writer;
+use crate::layer::{Content, Filled, GuestOffset, Missing, Overlay, Reference};
+
+/// A run of guest bytes that a rebase would let the overlay hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Copied {
+    /// First byte.
+    pub start: GuestOffset,
+    /// Length in bytes.
+    pub length: u64,
+    /// Whether it would become zero clusters, not data.
+    pub is_zero: bool,
+}
+
+/// What a rebase would do.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Rehearsal {
+    /// The figures that the rebase would report.
+    pub report: Report,
+    /// What it would copy, in order.
+    pub ranges: Vec<Copied>,
+}
+
+/// Finds out what [`rebase`](super::rebase) would do for a safe request, without writing. The
+/// overlay may be open for reading only. Refuses what the rebase would refuse.
+pub fn rehearse(chain: &Chain, opener: &Opener, request: &Request, progress: &Progress) -> Result<Rehearsal> {
+    let top = chain.top().ok_or_else(|| Error::invalid("there is no image to rebase"))?;
+    let image = super::qcow2_of(top)?;
+    let target = Target::open(top, opener, request)?;
+    let writer = Writer::open(image)?;
+    writer.check_backing(target.backing.as_ref())?;
+    writer.check_tables()?;
+    let notes = Notes { overlay: &writer, ranges: Mutex::default() };
+    let report = copy::copy_differences(&notes, &chain.below(0), &target.chain, progress)?;
+    Ok(Rehearsal { report, ranges: notes.into_ranges() })
+}
+
+/// An overlay that notes what it is asked to hold.
+struct Notes<'a> {
+    overlay: &'a Writer,
+    ranges: Mutex<Vec<Copied>>,
+}
+
+impl Notes<'_> {
+    /// In order, neighbours joined: workers come when they come.
+    fn into_ranges(self) -> Vec<Copied> {
+        let mut ranges = self.ranges.into_inner().unwrap_or_else(PoisonError::into_inner);
+        ranges.sort_unstable();
+        ranges.dedup_by(|next, last| {
+            let joins = last.start + last.length == next.start && last.is_zero == next.is_zero;
+            last.length += if joins { next.length } else { 0 };
+            joins
+        });
+        ranges
+    }
+}
+
+impl Overlay for Notes<'_> {
+    fn unit(&self) -> u64 {
+        self.overlay.unit()
+    }
+
+    fn end(&self) -> u64 {
+        self.overlay.end()
+    }
+
+    fn check_tables(&self) -> Result<()> {
+        self.overlay.check_tables()
+    }
+
+    fn missing_at(&self, at: GuestOffset, length: u64) -> Result<Missing> {
+        self.overlay.missing_at(at, length)
+    }
+
+    fn has_zero_clusters(&self) -> bool {
+        self.overlay.has_zero_clusters()
+    }
+
+    fn fill(&self, at: GuestOffset, content: Content<'_>) -> Result<Filled> {
+        let length = content.length();
+        let is_zero = matches!(content, Content::Zero(_)) && self.has_zero_clusters();
+        let mut ranges = self.ranges.lock().unwrap_or_else(PoisonError::into_inner);
+        ranges.push(Copied { start: at, length, is_zero });
+        Ok(if is_zero { Filled { copied: 0, zeroed: length } } else { Filled { copied: length, zeroed: 0 } })
+    }
+
+    fn commit(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn check_backing(&self, backing: Option<&Reference>) -> Result<()> {
+        self.overlay.check_backing(backing)
+    }
+
+    /// Not part of a rehearsal.
+    fn set_backing(&self, backing: Option<&Reference>) -> Result<()> {
+        self.check_backing(backing)
+    }
+}
