@@ -17,5 +17,6 @@ mod mount;
 mod mounted;
 mod random_chain;
 mod reading;
+mod real_input;
 mod rebase;
 mod scratch;
