@@ -18,6 +18,7 @@ use super::image::Seek;
 use super::tree::Inode;
 use super::view::{Attributes, Child, Pages, View};
 use crate::error::Error;
+use crate::file::AlignedBuffer;
 use crate::sys::whence;
 
 /// The largest read that the kernel sends, in bytes: it has no more than 256 pages a request.
@@ -34,7 +35,7 @@ pub(super) struct Adapter(pub(super) View);
 
 thread_local! {
     /// What the last read of this thread was answered from, used again for the next.
-    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    static BUFFER: RefCell<AlignedBuffer> = RefCell::default();
 }
 
 fn errno(error: &Error) -> Errno {
@@ -146,11 +147,8 @@ impl Filesystem for Adapter {
         reply: ReplyData,
     ) {
         BUFFER.with_borrow_mut(|buffer| {
-            let size = size as usize;
-            if buffer.len() < size {
-                buffer.resize(size, 0);
-            }
-            match self.0.read(inode(ino), handle.0, offset, &mut buffer[..size]) {
+            let buffer = buffer.of_length(size as usize);
+            match self.0.read(inode(ino), handle.0, offset, buffer) {
                 Ok(length) => reply.data(&buffer[..length]),
                 Err(e) => reply.error(errno(&e)),
             }
