@@ -180,28 +180,37 @@ fn copy(scratch: &Scratch, from: &str, to: &str) {
     scratch.ok("cp", &format!("--sparse=always {from} {to}"));
 }
 
-/// Copies real files, in numbered directories of about 8 MiB, until there are so many bytes. Where
-/// there is a Rust toolchain there are enough of them.
+/// Copies real files, in numbered directories of about 8 MiB, until there are so many bytes: some
+/// that are small, then large ones. Where there is a Rust toolchain there are enough of them.
 fn copy_real_files(tree: &Path, bytes: u64) {
     let sysroot = Command::new("rustc").args(["--print", "sysroot"]).output().expect("running rustc");
     let sysroot = PathBuf::from(String::from_utf8(sysroot.stdout).unwrap().trim());
-    let mut files = vec![];
-    for place in [Path::new("/usr/share/doc"), Path::new("/usr/share"), &sysroot] {
-        list_files(place, &mut files);
-    }
+    let places = [("/usr/share/doc".as_ref(), 24 * MIB), (&*sysroot, bytes), ("/usr/share".as_ref(), bytes)];
     let mut copied = 0;
-    for (number, (file, length)) in files.iter().enumerate() {
-        // What would fill the disk by itself is left out, if there are other files.
-        if copied >= bytes || copied + length > bytes + 16 * MIB {
-            continue;
-        }
-        let directory = tree.join((1 + copied / (8 * MIB)).to_string());
-        fs::create_dir_all(&directory).unwrap();
-        let name = file.file_name().unwrap().to_string_lossy();
-        fs::copy(file, directory.join(format!("{number}-{name}"))).unwrap();
-        copied += length;
+    for (place, enough) in places {
+        copied += copy_files_of(place, tree, copied, enough);
     }
     assert!(copied >= bytes, "only {copied} bytes of files found in /usr/share and {}", sysroot.display());
+}
+
+/// Copies files of a directory until there are `enough` bytes with those that are there; returns how
+/// many were copied now.
+fn copy_files_of(place: &Path, tree: &Path, already: u64, enough: u64) -> u64 {
+    let mut files = vec![];
+    list_files(place, &mut files);
+    let mut total = already;
+    for (file, length) in files {
+        // What would fill the disk by itself is left out.
+        if total >= enough || total + length > enough + 16 * MIB {
+            continue;
+        }
+        let directory = tree.join((1 + total / (8 * MIB)).to_string());
+        fs::create_dir_all(&directory).unwrap();
+        let name = file.file_name().unwrap().to_string_lossy();
+        fs::copy(&file, directory.join(format!("{total}-{name}"))).unwrap();
+        total += length;
+    }
+    total - already
 }
 
 /// The regular files under a directory with their lengths, in an order that does not change.
