@@ -399,3 +399,46 @@ fn a_dry_run_says_what_a_rebase_does_and_writes_nothing() {
     let said = scratch.rebasefs("rebase --dry-run -b new cow.qcow2");
     assert!(said.starts_with("copy 0x10000 0x10000\nNothing written: of 128 KiB"), "{said}");
 }
+
+#[test]
+fn reclaim_drops_what_equals_the_new_backing_file_and_frees_its_space() {
+    for shape in ["compat=1.1", "compat=0.10", "cluster_size=4k", "extended_l2=on", "compression_type=zstd"] {
+        //                     kept: -- dd -- dd -- --
+        let scratch = three(shape, "11 11 11 11 11 --", "11 22 33 22 -- --", "-- 11 33 44 zz zz");
+        scratch.qemu_io("qcow2", "cow.qcow2", &["write -c -P 0x11 0 64k"]);
+        let blocks =
+            || std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(scratch.path("cow.qcow2")).unwrap());
+        let before = blocks();
+        rebase_keeps_everything(&scratch, "--reclaim -b new -F raw", &["old", "new"]);
+        assert_eq!(held(&scratch, "cow.qcow2"), "-d-d--", "{shape}");
+        assert!(blocks() < before, "{shape}: {} blocks, {before} before", blocks());
+        // A guest can go on with it.
+        scratch.draw("cow.qcow2", CLUSTER, "55 -- 55 -- 55 --");
+        scratch.check_clean("cow.qcow2");
+    }
+}
+
+#[test]
+fn reclaim_keeps_what_a_snapshot_holds() {
+    let scratch = three("compat=1.1", "11 11 11", "22 22 22", "22 22 77");
+    scratch.qemu_img("snapshot -c one cow.qcow2");
+    scratch.draw("cow.qcow2", CLUSTER, "-- 22 --");
+    let view = || {
+        scratch.qemu_img("convert -U -l snapshot.name=one -O raw cow.qcow2 one.raw");
+        std::fs::read(scratch.path("one.raw")).unwrap()
+    };
+    let before = view();
+    rebase_keeps_everything(&scratch, "--reclaim -b new -F raw", &["old", "new"]);
+    assert_eq!(held(&scratch, "cow.qcow2"), "d-d");
+    assert!(before == view(), "the snapshot changed");
+}
+
+#[test]
+fn reclaim_gives_subclusters_back_one_by_one() {
+    let scratch = three("extended_l2=on", "11 11", "11 11", "-- --");
+    scratch.qemu_io("qcow2", "cow.qcow2", &["write -P 0x11 4k 8k", "write -P 0x77 20k 4k"]);
+    rebase_keeps_everything(&scratch, "--reclaim -b new -F raw", &["old", "new"]);
+    let map = scratch.qemu_img("map --output=json cow.qcow2");
+    assert!(map.contains("\"start\": 20480, \"length\": 4096, \"depth\": 0"), "{map}");
+    assert!(!map.contains("\"start\": 4096"), "{map}");
+}

@@ -79,6 +79,7 @@ impl ErrorKind {
             Some(errno::ENAMETOOLONG) => Self::NameTooLong,
             Some(errno::ENOSPC | errno::EDQUOT | errno::EFBIG) => Self::NoSpace,
             Some(errno::EROFS) => Self::ReadOnly,
+            Some(errno::EOPNOTSUPP) => Self::Unsupported,
             _ => Self::Io,
         }
     }

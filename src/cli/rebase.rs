@@ -12,10 +12,10 @@ use serde_json::json;
 use super::options::{self, Opening, Output, Refused};
 use super::{print, size};
 use crate::chain::Chain;
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::file::{Access, CacheMode};
 use crate::layer::{Format, Reference};
-use crate::rebase::{Copied, Mode, Progress, Rehearsal, Report, Request, rebase, rehearse};
+use crate::rebase::{Copied, Mode, Progress, Rehearsal, Report, Request, rebase, reclaim, rehearse};
 
 /// Give an image another backing file and keep every guest-visible byte
 ///
@@ -53,6 +53,10 @@ pub(super) struct Arguments {
     /// what is on disk, with what it reads as now
     #[arg(long, conflicts_with = "is_unsafe")]
     verify: bool,
+    /// Afterwards, drop what the image holds although the new backing file has the same bytes, and
+    /// free its space
+    #[arg(long, conflicts_with_all = ["is_unsafe", "dry_run"])]
+    reclaim: bool,
     /// How to print what happened
     #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
     output: Output,
@@ -112,8 +116,14 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
     };
     let work = || match arguments.dry_run {
         true => rehearse(&chain, &opener, &request, &progress),
-        false => rebase(&chain, &opener, &request, &progress)
-            .map(|(_, report)| Rehearsal { report, ..Rehearsal::default() }),
+        false => {
+            let (chain, mut report) = rebase(&chain, &opener, &request, &progress)?;
+            if arguments.reclaim {
+                let reclaimed = reclaim(&chain, &opener, &progress, drop);
+                report.reclaimed = reclaimed.doing(|| "reclaiming space after the rebase".to_owned())?;
+            }
+            Ok(Rehearsal { report, ..Rehearsal::default() })
+        }
     };
     let done = match arguments.progress && !arguments.quiet {
         true => shown(&progress, work)?,
@@ -139,7 +149,7 @@ fn print_result(arguments: &Arguments, done: &Rehearsal) -> Result<()> {
 }
 
 fn as_json(arguments: &Arguments, done: &Rehearsal) -> serde_json::Value {
-    let Report { missing, equal, compared, copied, zeroed } = done.report;
+    let Report { missing, equal, compared, copied, zeroed, reclaimed } = done.report;
     let range =
         |range: &Copied| json!({"start": range.start.0, "length": range.length, "zero": range.is_zero});
     let mut object = json!({
@@ -150,6 +160,7 @@ fn as_json(arguments: &Arguments, done: &Rehearsal) -> serde_json::Value {
         "compared": compared,
         "copied": copied,
         "zeroed": zeroed,
+        "reclaimed": reclaimed,
     });
     if arguments.dry_run {
         object["ranges"] = done.ranges.iter().map(range).collect();

@@ -180,7 +180,16 @@ pub trait Overlay: Send + Sync {
     /// ranges. Durable only after [`commit`](Self::commit). Returns what it cost.
     fn fill(&self, at: GuestOffset, content: Content<'_>) -> Result<Filled>;
 
-    /// Makes all that was filled durable, in the order of invariants I2 and I3.
+    /// Lets the active disk fall through to the backing file in a range of whole units, where no
+    /// snapshot shares what it holds. Durable only after [`commit`](Self::commit). Returns how many
+    /// bytes that were.
+    fn forget(&self, at: GuestOffset, length: u64) -> Result<u64>;
+
+    /// Frees the space of all that was forgotten before the last [`commit`](Self::commit). To be
+    /// called when nobody reads by the old tables any more (invariant I4).
+    fn free_forgotten(&self) -> Result<()>;
+
+    /// Makes all that was filled or forgotten durable, in the order of invariants I2 and I3.
     fn commit(&self) -> Result<()>;
 
     /// Refuses what [`set_backing`](Self::set_backing) would refuse, without writing anything.

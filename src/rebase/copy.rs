@@ -45,7 +45,7 @@ pub(super) fn copy_differences(
     copied?;
     committed?;
     let (copied, zeroed) = (job.copied.into_inner(), job.zeroed.into_inner());
-    Ok(Report { missing: equal + open, equal, compared: open, copied, zeroed })
+    Ok(Report { missing: equal + open, equal, compared: open, copied, zeroed, reclaimed: 0 })
 }
 
 /// What the workers share.

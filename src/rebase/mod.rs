@@ -4,6 +4,7 @@
 //!
 //! ```text
 //! open ─ plan ─ compare + copy ─ barrier ─ [verify] ─ swap (its own barrier) ─ reopen
+//!      ─ [reclaim: forget ─ barrier ─ no old reader left ─ free]
 //! ```
 //!
 //! Knows layers and chains; knows nothing of command lines and mounts. May be stopped anywhere:
@@ -13,12 +14,14 @@ mod compare;
 mod copy;
 mod plan;
 mod progress;
+mod reclaim;
 mod rehearse;
 mod verify;
 
 use std::sync::Arc;
 
 pub use progress::{Phase, Progress};
+pub use reclaim::reclaim;
 pub use rehearse::{Copied, Rehearsal, rehearse};
 
 use crate::chain::{Chain, Opener};
@@ -62,6 +65,8 @@ pub struct Report {
     pub copied: u64,
     /// Stored in the overlay as zero clusters.
     pub zeroed: u64,
+    /// Dropped from the overlay afterwards, see [`reclaim`].
+    pub reclaimed: u64,
 }
 
 /// Rebases the overlay on top of `chain` (opened for writing) and returns the chain as it is

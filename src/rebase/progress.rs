@@ -20,6 +20,8 @@ pub enum Phase {
     Verify,
     /// Letting the header name the new backing file.
     Swap,
+    /// Dropping what the overlay holds for nothing.
+    Reclaim,
     /// Over.
     Done,
 }
@@ -33,6 +35,7 @@ impl Phase {
             Self::Commit => "commit",
             Self::Verify => "verify",
             Self::Swap => "swap",
+            Self::Reclaim => "reclaim",
             Self::Done => "done",
         }
     }
@@ -44,6 +47,7 @@ impl Phase {
             2 => Self::Commit,
             3 => Self::Verify,
             4 => Self::Swap,
+            5 => Self::Reclaim,
             _ => Self::Done,
         }
     }

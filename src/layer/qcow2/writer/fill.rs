@@ -309,7 +309,7 @@ impl Writer {
     }
 
     /// The clusters that `[at, at + length)` touches, with the subclusters that lie in it.
-    fn clusters(&self, at: GuestOffset, length: u64) -> impl Iterator<Item = (GuestOffset, u32)> {
+    pub(super) fn clusters(&self, at: GuestOffset, length: u64) -> impl Iterator<Item = (GuestOffset, u32)> {
         let size = self.header().cluster_size();
         let end = at.0 + length;
         (at.0 / size * size..end)
@@ -317,7 +317,7 @@ impl Writer {
             .map(move |cluster| (GuestOffset(cluster), self.subclusters_in(cluster, at.0, end)))
     }
 
-    fn bytes_of(&self, subclusters: u32) -> u64 {
+    pub(super) fn bytes_of(&self, subclusters: u32) -> u64 {
         u64::from(subclusters.count_ones()) * (self.header().cluster_size() / u64::from(SUBCLUSTERS))
     }
 }
@@ -354,7 +354,7 @@ impl State {
 }
 
 /// The runs of set bits: first bit and count.
-fn runs(bits: u32) -> impl Iterator<Item = (u32, u32)> {
+pub(super) fn runs(bits: u32) -> impl Iterator<Item = (u32, u32)> {
     let mut next = 0;
     std::iter::from_fn(move || {
         let rest = bits.checked_shr(next)?;

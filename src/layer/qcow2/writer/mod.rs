@@ -3,14 +3,16 @@
 //! Owns the order of writes. Data goes to its place at once; refcounts, L2 and L1 tables change in
 //! memory and reach the file in [`commit`](Overlay::commit): first what nothing points to yet, then
 //! a barrier, then the pointers. So a cut at any point leaves leaked clusters at most. What is put
-//! where is decided in `fill`, the tables in memory are in `staged`, the header swap in `swap`.
+//! where is decided in `fill`, what is given up in `forget`, the tables in memory are in `staged`, the header swap in `swap`.
 
 mod fill;
+mod forget;
 mod staged;
 mod swap;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use self::forget::Forgotten;
 use self::staged::{Staged, View};
 use super::entry::SUBCLUSTERS;
 use super::header::{Header, autoclear, field, incompatible};
@@ -41,6 +43,7 @@ pub struct Writer {
 struct State {
     refcounts: Refcounts,
     staged: Staged,
+    forgotten: Forgotten,
     /// A commit is under way, or has failed: what of it is durable is not known then, and nothing
     /// may be built on it.
     is_committing: bool,
@@ -62,6 +65,7 @@ impl Writer {
         let state = State {
             refcounts: Refcounts::read(file.clone(), &preamble.header)?,
             staged: Staged::new(file.clone(), preamble.header.clone(), tables),
+            forgotten: Forgotten::default(),
             is_committing: false,
         };
         Ok(Self { data_file: image.data_file().clone(), file, preamble, views, state: Mutex::new(state) })
@@ -195,6 +199,14 @@ impl Overlay for Writer {
             Content::Zero(length) => self.fill_zero(at, length),
         };
         filled.path(self.file.path())
+    }
+
+    fn forget(&self, at: GuestOffset, length: u64) -> Result<u64> {
+        self.forget_range(at, length).path(self.file.path())
+    }
+
+    fn free_forgotten(&self) -> Result<()> {
+        self.free_forgotten_clusters().path(self.file.path())
     }
 
     fn commit(&self) -> Result<()> {

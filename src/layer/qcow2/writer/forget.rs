@@ -1,0 +1,131 @@
+//! Forgetting: the active disk falls through to the backing file again where it held the same
+//! bytes, and the clusters are freed.
+//!
+//! In two steps, for readers may still hold the old tables: first the L2 entries are cleared,
+//! durably; when no reader is left (invariant I4), the clusters are punched out and released.
+
+use crate::error::{Context, ErrorKind, Result};
+use crate::file::HostOffset;
+use crate::layer::GuestOffset;
+use crate::layer::qcow2::entry::{Cluster, L2Entry, SUBCLUSTERS, Standard};
+
+use super::fill::runs;
+use super::{State, Writer};
+
+/// What nothing points to any more, once what is staged is durable.
+#[derive(Debug, Default)]
+pub(super) struct Forgotten {
+    /// Host clusters that lose a reference: first cluster's offset and number of clusters.
+    clusters: Vec<(HostOffset, u64)>,
+    /// Ranges of the data file that hold nothing any more: offset and bytes.
+    ranges: Vec<(HostOffset, u64)>,
+}
+
+impl Writer {
+    /// Stages that the active disk falls through in `[at, at + length)`, in whole subclusters;
+    /// what a snapshot shares stays. Returns how many bytes were forgotten.
+    pub(super) fn forget_range(&self, at: GuestOffset, length: u64) -> Result<u64> {
+        let state = &mut *self.state();
+        let mut forgotten = 0;
+        for (cluster, wanted) in self.clusters(at, length) {
+            forgotten += self.bytes_of(self.forget_cluster(state, cluster, wanted)?);
+        }
+        self.commit_if_large(state)?;
+        Ok(forgotten)
+    }
+
+    /// Which subclusters were forgotten.
+    fn forget_cluster(&self, state: &mut State, at: GuestOffset, wanted: u32) -> Result<u32> {
+        let shared = state.staged.tables_at(at)?;
+        let own = shared.iter().find(|shared| shared.views == [0]).and_then(|shared| shared.table);
+        let Some(table) = own else { return Ok(0) };
+        if state.refcounts.of(table)? != 1 {
+            return Ok(0);
+        }
+        let entry = state.staged.entry(table, at)?;
+        match entry.decode(self.header()).path(self.file.path())? {
+            Cluster::Compressed { at: host, size } if wanted == u32::MAX => {
+                let cluster_size = self.header().cluster_size();
+                let first = host.0 / cluster_size * cluster_size;
+                let clusters = (host.0 + u64::from(size)).div_ceil(cluster_size) - first / cluster_size;
+                state.forgotten.clusters.push((HostOffset(first), clusters));
+                state.staged.set_entry(table, at, L2Entry::default())?;
+                Ok(wanted)
+            }
+            Cluster::Compressed { .. } => Ok(0),
+            Cluster::Standard(cluster) => self.forget_standard(state, (table, at), entry, cluster, wanted),
+        }
+    }
+
+    fn forget_standard(
+        &self,
+        state: &mut State,
+        (table, at): (HostOffset, GuestOffset),
+        entry: L2Entry,
+        cluster: Standard,
+        wanted: u32,
+    ) -> Result<u32> {
+        let external = self.header().has_data_file();
+        if let (Some(host), false) = (cluster.host, external)
+            && state.refcounts.of(host)? != 1
+        {
+            // A snapshot holds it.
+            return Ok(0);
+        }
+        let held = !cluster.unallocated();
+        let gone = held & wanted;
+        if gone == held {
+            state.staged.set_entry(table, at, L2Entry::default())?;
+            match cluster.host {
+                Some(host) if external => state.forgotten.ranges.push((host, self.header().cluster_size())),
+                Some(host) => state.forgotten.clusters.push((host, 1)),
+                None => {}
+            }
+            return Ok(gone);
+        }
+        // Some of its subclusters stay, which only extended L2 entries can say.
+        let bitmap = entry.bitmap & !(u64::from(gone) | u64::from(gone) << 32);
+        state.staged.set_entry(table, at, L2Entry { bitmap, ..entry })?;
+        let size = self.header().cluster_size() / u64::from(SUBCLUSTERS);
+        let host = cluster.host.unwrap_or_default();
+        state.forgotten.ranges.extend(
+            runs(gone & cluster.allocated)
+                .map(|(first, count)| (host + u64::from(first) * size, u64::from(count) * size)),
+        );
+        Ok(gone)
+    }
+
+    /// Punches what was forgotten out of the file and releases its clusters. To be called after a
+    /// commit, when nobody reads by the old tables any more.
+    pub(super) fn free_forgotten_clusters(&self) -> Result<()> {
+        let state = &mut *self.state();
+        let forgotten = std::mem::take(&mut state.forgotten);
+        let cluster_size = self.header().cluster_size();
+        for (at, length) in forgotten.ranges {
+            self.punch(at, length)?;
+        }
+        for (first, count) in forgotten.clusters {
+            for number in 0..count {
+                let cluster = first + number * cluster_size;
+                // Before it is released: nobody else can have it yet. A cluster that other
+                // compressed ones share stays.
+                if state.refcounts.of(cluster)? == 1 {
+                    self.punch(cluster, cluster_size)?;
+                }
+                state.refcounts.release(cluster, 1, 1)?;
+            }
+        }
+        self.commit_state(state)
+    }
+
+    /// A file system that cannot punch holes keeps the space; the clusters are free all the same.
+    fn punch(&self, at: HostOffset, length: u64) -> Result<()> {
+        match self.data_file.punch(at, length) {
+            Err(error) if error.kind() == ErrorKind::Unsupported => {
+                log::debug!("{error}");
+                Ok(())
+            }
+            punched => punched,
+        }
+    }
+}
