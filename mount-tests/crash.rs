@@ -13,7 +13,7 @@ use rebasefs::file::{Access, HostFile};
 use rebasefs::layer::qcow2::table::TableCache;
 use rebasefs::layer::qcow2::{Preamble, Qcow2, check};
 use rebasefs::layer::{GuestOffset, Layer, Reference};
-use rebasefs::rebase::{Mode, Progress, Request, rebase};
+use rebasefs::rebase::{Mode, Progress, Request, rebase, reclaim};
 
 use crate::memory_file::{MemoryFile, Operation};
 use crate::random_chain::Random;
@@ -46,7 +46,11 @@ impl Case {
         s.qemu_io(
             "qcow2",
             "cow.qcow2",
-            &[&pattern(0x33, 1, 1), &format!("write -q -P 0x34 {} 1024", 3 * unit + 512)],
+            &[
+                &pattern(0x33, 1, 1),
+                &pattern(0x12, 7, 2),
+                &format!("write -q -P 0x34 {} 1024", 3 * unit + 512),
+            ],
         );
         if has_snapshots {
             s.qemu_img("snapshot -c one cow.qcow2");
@@ -70,11 +74,12 @@ impl Case {
         Self { scratch, name, overlay, old, new, request, truth }
     }
 
-    /// Rebases the overlay that lies in `file`.
+    /// Rebases the overlay that lies in `file`, and reclaims space.
     fn rebase(&self, file: &MemoryFile) -> rebasefs::Result<()> {
         let chain = self.chain_below(file).under(Arc::new(open(file)));
         let opener = Opener::new().force_share();
-        rebase(&chain, &opener, &self.request, &Progress::default()).map(drop)
+        let (chain, _) = rebase(&chain, &opener, &self.request, &Progress::default())?;
+        reclaim(&chain, &opener, &Progress::default(), drop).map(drop)
     }
 
     /// The chain that the header in `file` names.
