@@ -70,7 +70,7 @@ fn btrfs() {
 fn read_and_rebase(filesystem: &FileSystem) {
     let scratch = Scratch::new();
     make_images(&scratch, filesystem);
-    let [guest, old, new] = ["guest.raw", "old.raw", "new.raw"].map(|name| hash(scratch.path(name)));
+    let [guest, old, new] = ["guest.raw", "old.raw", "new.raw"].map(|name| hash(&scratch.path(name)));
     assert!(old != new && guest != old, "the images differ, or nothing is tested");
 
     let mount = Mounted::new(&scratch, "cow.qcow2");
@@ -96,7 +96,7 @@ fn read_and_rebase(filesystem: &FileSystem) {
         (&info["backing-filename"], &info["backing-filename-format"]),
         (&"new.raw".into(), &"raw".into())
     );
-    assert_eq!((hash(scratch.path("old.raw")), hash(scratch.path("new.raw"))), (old, new), "untouched");
+    assert_eq!((hash(&scratch.path("old.raw")), hash(&scratch.path("new.raw"))), (old, new), "untouched");
 }
 
 /// Tells the mount to rebase, as a person would; returns the hashes of `disk.raw` as it was read
@@ -118,7 +118,7 @@ fn hash_served(disk: &Path) -> String {
     digest(&format!("dd if={} iflag=direct bs=1M status=none", disk.display()))
 }
 
-fn hash(file: PathBuf) -> String {
+fn hash(file: &Path) -> String {
     digest(&format!("cat {}", file.display()))
 }
 
@@ -145,8 +145,9 @@ fn make_images(scratch: &Scratch, filesystem: &FileSystem) {
     scratch.qemu_img("rebase -b old.raw -F raw cow.qcow2");
 
     copy(scratch, "old.raw", "new.raw");
+    let overwritten = vec![0x5a; 70_000];
     for at in (0..filesystem.size - MIB).step_by(3 << 20) {
-        scratch.poke("new.raw", at, &[0x5a; 70_000]);
+        scratch.poke("new.raw", at, &overwritten);
     }
 }
 
