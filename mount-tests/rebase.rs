@@ -442,3 +442,16 @@ fn reclaim_gives_subclusters_back_one_by_one() {
     assert!(map.contains("\"start\": 20480, \"length\": 4096, \"depth\": 0"), "{map}");
     assert!(!map.contains("\"start\": 4096"), "{map}");
 }
+
+#[test]
+fn the_figures_add_up_where_holes_begin_and_end_within_clusters() {
+    let scratch = Scratch::new();
+    scratch.draw_raw("old", 4096, "11 -- -- 11 -- 11 --");
+    scratch.draw_raw("new", 4096, "11 -- 22 11 -- -- -- -- -- -- -- -- -- -- -- -- -- -- 22");
+    scratch.qemu_img("create -f qcow2 -b old -F raw cow.qcow2 300032");
+    let said = scratch.rebasefs("rebase --dry-run --output=json -b new cow.qcow2");
+    let figures: serde_json::Value = serde_json::from_str(&said).unwrap();
+    assert_eq!(figures["missing"], 300_032);
+    assert_eq!(figures["compared"], 2 * CLUSTER);
+    assert_eq!(figures["equal"], 300_032 - 2 * CLUSTER);
+}

@@ -116,7 +116,7 @@ impl Job<'_> {
             };
             self.fill(at, content)?;
         }
-        self.progress.advance(range.length());
+        self.progress.advance(range.length().min(self.overlay.end() - range.start.0));
         Ok(())
     }
 

@@ -62,9 +62,9 @@ impl<'a> Plan<'a> {
     /// Walks to the end: how many missing bytes are equal by metadata, and how many bytes need a
     /// look.
     pub fn measure(mut self) -> Result<(u64, u64)> {
-        let mut open = 0;
+        let (mut open, end) = (0, self.overlay.end());
         while let Some(range) = self.next_piece()? {
-            open += range.length();
+            open += range.end.0.min(end) - range.start.0;
         }
         Ok((self.equal, open))
     }
@@ -91,6 +91,8 @@ impl<'a> Plan<'a> {
                 Some(range) if range.end >= start => range,
                 Some(_) => break,
             };
+            // What was equal before it in that unit is looked at as well.
+            self.equal = self.equal.saturating_sub(self.at - range.end.max(start));
             let end = (self.at.0 + length).next_multiple_of(unit).min(self.boundary_behind(range.start));
             found = Some(Range { end: GuestOffset(end), ..range });
             self.at = GuestOffset(end);
