@@ -15,7 +15,7 @@ const CLUSTER: usize = 65536;
 /// new:     11 99 -- 22 66 -- 33 88
 /// overlay: -- 44 -- -- 55 -- -- --
 /// ```
-fn old_and_new() -> Scratch {
+pub fn old_and_new() -> Scratch {
     let scratch = Scratch::new();
     scratch.draw_raw("base.raw", CLUSTER, "11 11 -- 22 -- 77 33 33");
     scratch.draw_raw("new.raw", CLUSTER, "11 99 -- 22 66 -- 33 88");
@@ -240,24 +240,24 @@ fn on_a_read_only_file_system_a_rebase_is_refused_with_the_reason() {
 }
 
 /// A backing file whose reader waits: it lies in the mount of another server, which is stopped.
-struct Stalled {
+pub struct Stalled {
     mounted: Mounted,
 }
 
 impl Stalled {
     /// The file to name is [`Self::name`].
-    fn new(scratch: &Scratch) -> Self {
+    pub fn new(scratch: &Scratch) -> Self {
         scratch.qemu_img("convert -f raw -O qcow2 new.raw slow.qcow2");
         let mounted = Mounted::new(scratch, "slow.qcow2");
         mounted.signal("STOP");
         Self { mounted }
     }
 
-    fn name(&self) -> String {
+    pub fn name(&self) -> String {
         self.mounted.path("disk.raw").display().to_string()
     }
 
-    fn go_on(&self) {
+    pub fn go_on(&self) {
         self.mounted.signal("CONT");
     }
 }
@@ -269,7 +269,7 @@ impl Drop for Stalled {
 }
 
 /// A shell that waits at `echo NAME > ctl/backing`, once the rebase runs.
-fn waiting_writer(mounted: &Mounted, name: &str) -> Child {
+pub fn waiting_writer(mounted: &Mounted, name: &str) -> Child {
     let line = format!("exec 2>&1; echo {name} > ctl/backing; echo ended with $?");
     let writer = Command::new("bash")
         .args(["-c", &line])
@@ -281,7 +281,7 @@ fn waiting_writer(mounted: &Mounted, name: &str) -> Child {
     writer
 }
 
-fn output_of(mut writer: Child) -> String {
+pub fn output_of(mut writer: Child) -> String {
     let mut said = String::new();
     writer.stdout.take().unwrap().read_to_string(&mut said).unwrap();
     writer.wait().unwrap();
