@@ -7,7 +7,7 @@
 //! kernel ── mount ──────────┐
 //!                           ├── chain ── layer/{raw, qcow2} ── file ── sys
 //! cli ───── rebase ─────────┘
-//!         plan → compare → copy → swap
+//!         plan → compare → copy → swap → reclaim
 //! ```
 //!
 //! Imports run downwards only: from left to right in the picture, and `mount` and `cli` call
@@ -42,7 +42,8 @@
 //!   names the new backing file. The header swap is one write of one sector where the header allows
 //!   it (the name is put in place first), then fdatasync; then, and only then, the chain in memory
 //!   is replaced.
-//! - **I4** Nothing that a live reader or a snapshot may still read is freed.
+//! - **I4** Nothing that a live reader or a snapshot may still read is freed: reclaim comes after
+//!   the swap is durable and the old chain is gone.
 //! - **I5** Old and new backing files are opened for reading only and are bit for bit what they
 //!   were.
 //! - **I6** What is not understood is refused by name (unknown incompatible bit, reserved bit,
