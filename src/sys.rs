@@ -155,6 +155,15 @@ pub fn raise_open_file_limit() -> io::Result<()> {
     check(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) }).map(drop)
 }
 
+/// Lets a write beyond the file-size limit fail with EFBIG, where it would kill the process.
+pub fn ignore_file_size_signal() -> io::Result<()> {
+    // SAFETY: no handler is installed, so that no code runs in signal context.
+    match unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) } {
+        libc::SIG_ERR => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
 /// The effective user and group of this process.
 pub fn effective_ids() -> (u32, u32) {
     // SAFETY: both calls always succeed and touch no memory.

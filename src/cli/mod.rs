@@ -69,6 +69,9 @@ impl Command {
         if let Err(e) = sys::raise_open_file_limit() {
             log::debug!("cannot raise the limit of open files: {e}");
         }
+        if let Err(e) = sys::ignore_file_size_signal() {
+            log::debug!("a write beyond the file-size limit will end the program: {e}");
+        }
         match self {
             Self::Mount(arguments) => mount::run(arguments),
             Self::Rebase(arguments) => rebase::run(&arguments),

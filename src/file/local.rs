@@ -96,8 +96,18 @@ impl LocalFile {
         }
     }
 
+    /// Where no data follows, that must not be because the file has lost what it had there.
+    fn refuse_if_cut_short(&self) -> io::Result<()> {
+        let metadata = self.file.metadata()?;
+        match metadata.is_file() && metadata.len() < self.size() {
+            false => Ok(()),
+            true => Err(io::Error::other("the file was cut short while it was in use")),
+        }
+    }
+
     fn hole_aware_run(&self, at: u64, end: u64) -> io::Result<Run> {
         let Some(data) = sys::seek_data(&self.file, at)? else {
+            self.refuse_if_cut_short()?;
             return Ok(Run { is_data: false, length: end - at });
         };
         if data > at {
@@ -280,6 +290,9 @@ mod tests {
         assert_eq!(buffer, *b"bc\0\0\0");
         File::create(file.path()).unwrap();
         let error = file.read_at(HostOffset(1), &mut buffer).unwrap_err();
+        assert!(error.to_string().contains("cut short"), "{error}");
+        // Nor is what it has lost a hole.
+        let error = file.run_at(HostOffset(1), 2).unwrap_err();
         assert!(error.to_string().contains("cut short"), "{error}");
     }
 
