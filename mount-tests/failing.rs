@@ -5,11 +5,13 @@
 //! kernel answers EIO there, as for a bad sector, and everywhere else there are data.
 
 use std::fs::File;
-use std::io::Error;
+use std::io::{Error, Read};
 use std::os::unix::fs::FileExt;
+use std::process::Stdio;
 
 use crate::mounted::{Mounted, is_running, wait_until};
 use crate::scratch::Scratch;
+use crate::traced::{At, let_go_on};
 
 const CLUSTER: usize = 65536;
 const EIO: Option<i32> = Some(5);
@@ -69,6 +71,31 @@ fn what_a_backing_file_has_lost_is_an_error_and_not_zeros() {
         s.write("cow.qcow2", &image);
         assert!(disk == s.guest_bytes("qcow2", "cow.qcow2"), "{base}");
     }
+}
+
+/// A rebase that has looked at the first half is stopped while the second half gets lost.
+#[test]
+fn a_backing_file_cut_short_during_a_rebase_fails_it_and_whole_again_lets_it_complete() {
+    let s = old_and_new("base.raw");
+    s.draw_raw("new.raw", CLUSTER, "88 77 66 55 44 33 22 11");
+    let before = s.guest_bytes("qcow2", "cow.qcow2");
+    let whole = std::fs::read(s.path("base.raw")).unwrap();
+    let size = || s.path("cow.qcow2").metadata().unwrap().len();
+    let size_before = size();
+    let mut rebase = At { system_call: "pwrite64", number: 1, signal: "STOP" }
+        .command(&s.path(""), "rebase -b new.raw -F raw cow.qcow2");
+    let mut rebase = rebase.stderr(Stdio::piped()).spawn().unwrap();
+    wait_until("something is written", || size() != size_before);
+    s.cut("base.raw", 3 * CLUSTER as u64);
+    assert_eq!(let_go_on(rebase.id(), &mut rebase).code(), Some(1));
+    let mut said = String::new();
+    rebase.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    assert!(said.contains("base.raw: ") && said.contains("cut short"), "{said}");
+    s.write("base.raw", &whole);
+    assert!(s.guest_bytes("qcow2", "cow.qcow2") == before);
+    s.rebasefs("rebase -b new.raw -F raw cow.qcow2");
+    assert!(s.guest_bytes("qcow2", "cow.qcow2") == before);
+    assert!(matches!(s.run("qemu-img", "check cow.qcow2").code, Some(0 | 3)));
 }
 
 #[test]

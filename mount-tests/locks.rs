@@ -2,12 +2,12 @@
 //! refused to QEMU; readers share. QEMU itself is the other side.
 
 use std::io::{ErrorKind, Read};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use crate::control::old_and_new;
 use crate::mounted::{Mounted, wait_until};
 use crate::scratch::{Scratch, rebasefs};
-use crate::traced::At;
+use crate::traced::{At, let_go_on};
 
 const WRITING: &str = "-f qcow2 cow.qcow2";
 const READING: &str = "-r -f qcow2 cow.qcow2";
@@ -181,16 +181,6 @@ fn while_a_rebase_runs_qemu_cannot_even_read_the_overlay() {
     for image in [WRITING, "-f raw base.raw", "-f raw new.raw"] {
         Qemu::opens(&s, image);
     }
-}
-
-/// Wakes `stopped` until `waiting` has ended: nobody knows whether it has come to its stop yet.
-fn let_go_on(stopped: u32, waiting: &mut Child) -> ExitStatus {
-    wait_until("the rebase has ended", || {
-        let _ =
-            Command::new("kill").args(["-s", "CONT", &stopped.to_string()]).stderr(Stdio::null()).status();
-        waiting.try_wait().unwrap().is_some()
-    });
-    waiting.wait().unwrap()
 }
 
 /// Nobody but who says force-share can open the overlay.

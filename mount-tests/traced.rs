@@ -2,7 +2,7 @@
 //! there.
 
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 
 use crate::mounted::wait_until;
 use crate::scratch::rebasefs;
@@ -52,6 +52,16 @@ pub fn on_one_processor() -> Command {
     let mut command = Command::new("taskset");
     command.args(["-c", "0"]);
     command
+}
+
+/// Wakes `stopped` until `waiting` has ended: nobody knows whether it has come to its stop yet.
+pub fn let_go_on(stopped: u32, waiting: &mut Child) -> ExitStatus {
+    wait_until("the rebase has ended", || {
+        let _ =
+            Command::new("kill").args(["-s", "CONT", &stopped.to_string()]).stderr(Stdio::null()).status();
+        waiting.try_wait().unwrap().is_some()
+    });
+    waiting.wait().unwrap()
 }
 
 /// `/proc/PID/status` of each thread.
