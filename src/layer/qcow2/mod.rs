@@ -34,11 +34,11 @@ use std::os::unix::ffi::OsStringExt;
 use std::sync::Arc;
 
 use self::bitmap::{Bitmap, Directory};
-use self::entry::{COMPRESSED, Cluster, L2Entry, SUBCLUSTERS, Standard, State};
+use self::entry::{Cluster, L2Entry, SUBCLUSTERS, Standard, State};
 use self::extension::{Extensions, kind};
 use self::header::{Compression, Header, autoclear};
 use self::snapshot::{Snapshot, SnapshotTable};
-use self::table::{SLICE_BYTES, TableCache, read_words};
+use self::table::{L2Slice, SLICE_BYTES, TableCache, read_words};
 use super::{Compressed, Detail, Extent, ExtentKind, Format, GuestOffset, Layer, Reference};
 use crate::error::{Context, Error, Result};
 use crate::file::{HostFile, HostOffset};
@@ -203,6 +203,12 @@ impl Qcow2 {
 
     /// The L2 entry for the cluster at `at`, `None` if there is no L2 table.
     fn l2_entry(&self, at: GuestOffset) -> Result<Option<L2Entry>> {
+        let slice = self.l2_slice(at)?;
+        Ok(slice.map(|(slice, index)| slice.entry(index, self.header().l2_entry_size())))
+    }
+
+    /// The piece of an L2 table that has the entry for the cluster at `at`, and which it is there.
+    fn l2_slice(&self, at: GuestOffset) -> Result<Option<(Arc<L2Slice>, u64)>> {
         let header = self.header();
         let Some(table) = self.l2_table(at.0 / header.l2_coverage())? else {
             return Ok(None);
@@ -212,7 +218,7 @@ impl Qcow2 {
         let per_slice = slice_bytes / header.l2_entry_size();
         let slice_at = table + index / per_slice * slice_bytes;
         let slice = self.cache.slice(self.number, &*self.file, slice_at, slice_bytes)?;
-        Ok(Some(slice.entry(index % per_slice, header.l2_entry_size())))
+        Ok(Some((slice, index % per_slice)))
     }
 
     /// The place in the data file that a cluster has for what lies at `at`, whether it is in use
@@ -306,19 +312,45 @@ impl Qcow2 {
         // One L2 table at a time, so that a call stays short.
         let coverage = self.header().l2_coverage();
         let limit = length.min(coverage - at.0 % coverage);
+        let entry_size = self.header().l2_entry_size();
         while extent.length < limit {
-            let next = at + extent.length;
-            let Some(entry) = self.l2_entry(next)? else { break };
-            if entry.word & COMPRESSED != 0 {
+            let Some((slice, index)) = self.l2_slice(at + extent.length)? else { break };
+            if !self.grow_by(slice.entries_from(index, entry_size), at, limit, &mut extent) {
                 break;
-            }
-            // What is wrong with a cluster is said when someone asks for it, not for what precedes it.
-            match self.extent_in_cluster(next, limit - extent.length, entry) {
-                Ok(more) if continues(extent, more.kind) => extent.length += more.length,
-                _ => break,
             }
         }
         Ok(extent)
+    }
+
+    /// The same, up to `limit` bytes, by the clusters of these entries; whether it may go on behind
+    /// them.
+    fn grow_by(
+        &self,
+        entries: impl Iterator<Item = L2Entry>,
+        at: GuestOffset,
+        limit: u64,
+        extent: &mut Extent,
+    ) -> bool {
+        let cluster = self.header().cluster_size();
+        for entry in entries {
+            let next = at + extent.length;
+            // Most entries of a sparse disk: there is nothing to decode.
+            let more = if entry == L2Entry::default() && extent.kind == ExtentKind::NotMine {
+                (cluster - next.0 % cluster).min(limit - extent.length)
+            } else {
+                match self.extent_in_cluster(next, limit - extent.length, entry) {
+                    Ok(more) if continues(*extent, more.kind) => more.length,
+                    // What is wrong with a cluster is said when someone asks for it, not for what precedes it.
+                    _ => return false,
+                }
+            };
+            extent.length += more;
+            // Another subcluster follows, or nothing was asked about what does.
+            if extent.length == limit || !(next.0 + more).is_multiple_of(cluster) {
+                return false;
+            }
+        }
+        true
     }
 }
 

@@ -88,6 +88,11 @@ pub struct L2Slice {
 }
 
 impl L2Slice {
+    /// The entries from that index to the end of the slice; `size` is 8 or 16 bytes.
+    pub fn entries_from(&self, index: u64, size: u64) -> impl Iterator<Item = L2Entry> {
+        (index..self.words.len() as u64 * 8 / size).map(move |index| self.entry(index, size))
+    }
+
     /// The entry with that index in the slice; `size` is 8 or 16 bytes.
     pub fn entry(&self, index: u64, size: u64) -> L2Entry {
         if size == 8 {
