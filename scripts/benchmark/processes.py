@@ -1,7 +1,8 @@
-"""Running a program to its end: how long it took and the most memory it had resident."""
+"""Running a program to its end: how long it took, its processor time, the most memory it had resident."""
 
 import ctypes
 import os
+import signal
 import subprocess
 import time
 from typing import NamedTuple
@@ -16,6 +17,7 @@ LAUNCH = '"$@" >"$LOG" 2>&1 & echo $!'
 
 class Run(NamedTuple):
     seconds: float
+    cpu: float  # seconds of processor time
     peak: int  # bytes resident
 
 
@@ -27,12 +29,29 @@ def timed(command, directory):
     launched = subprocess.run(
         ["sh", "-c", LAUNCH, "sh", *command], stdout=subprocess.PIPE, text=True, check=True,
         cwd=directory, env={**os.environ, "LOG": str(log)})
-    _, status, usage = os.wait4(int(launched.stdout), 0)
+    status, usage = ended(int(launched.stdout))
     seconds = time.perf_counter() - start
     if status:
         code = os.waitstatus_to_exitcode(status)
         raise SystemExit(f"{' '.join(map(str, command))}\nended with {code}\n{log.read_text()}")
-    return Run(seconds, usage.ru_maxrss * 1024)
+    return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+
+
+def ended(process):
+    """Waits for a child, which does not outlive us."""
+    try:
+        _, status, usage = os.wait4(process, 0)
+        return status, usage
+    except BaseException:
+        os.kill(process, signal.SIGKILL)
+        raise
+
+
+def cpu(process):
+    """The seconds of processor time that a running process has used."""
+    with open(f"/proc/{process}/stat") as file:
+        user, system = file.read().rsplit(")", 1)[1].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def forget_peak(process):

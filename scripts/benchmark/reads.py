@@ -97,7 +97,9 @@ class Read(NamedTuple):
     def once(self, export):
         self.prepare(export.path)
         processes.forget_peak(export.server)
-        return processes.Run(self.read(export.path), processes.peak(export.server))
+        before = processes.cpu(export.server)
+        seconds = self.read(export.path)
+        return processes.Run(seconds, processes.cpu(export.server) - before, processes.peak(export.server))
 
 
 class Export(NamedTuple):

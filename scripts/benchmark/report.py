@@ -4,12 +4,12 @@ from statistics import median
 from typing import NamedTuple
 
 HEADING = [
-    "| workload | rebasefs | QEMU | ratio | lowest – highest | peak memory | overlay afterwards |",
-    "|---|--:|--:|--:|--:|--:|--:|",
+    "| workload | rebasefs | QEMU | ratio | lowest – highest | processor time | peak memory | overlay afterwards |",
+    "|---|--:|--:|--:|--:|--:|--:|--:|",
 ]
 
 LEGEND = """Seconds are medians. The ratio is rebasefs / QEMU, the median over the pairs of runs (below 1: rebasefs
-is faster). Memory (resident) and size of the overlay: rebasefs / QEMU, the highest of all runs."""
+is faster). Processor time: medians, rebasefs / QEMU; for reads, that of the server. Memory (resident) and size of the overlay: rebasefs / QEMU, the highest of all runs."""
 
 
 class Row(NamedTuple):
@@ -24,9 +24,10 @@ class Row(NamedTuple):
 def line(row):
     ratios = [ours.seconds / qemu.seconds for ours, qemu in zip(row.ours, row.qemu)]
     spread = f"{min(ratios):.2f} – {max(ratios):.2f}"
+    cpu = " / ".join(f"{median(run.cpu for run in runs):.2f} s" for runs in (row.ours, row.qemu))
     peaks = " / ".join(size(max(run.peak for run in runs)) for runs in (row.ours, row.qemu))
     sizes = " / ".join(map(size, row.sizes)) or "–"
-    cells = [row.name, time(row, row.ours), time(row, row.qemu), f"**{median(ratios):.2f}**", spread, peaks, sizes]
+    cells = [row.name, time(row, row.ours), time(row, row.qemu), f"**{median(ratios):.2f}**", spread, cpu, peaks, sizes]
     return f"| {' | '.join(cells)} |"
 
 
