@@ -116,7 +116,7 @@ fn open(file: &MemoryFile) -> Qcow2 {
 }
 
 /// The bytes of the active disk, then those of each snapshot.
-fn views(file: &MemoryFile, below: &Chain) -> Vec<Vec<u8>> {
+pub fn views(file: &MemoryFile, below: &Chain) -> Vec<Vec<u8>> {
     let image = open(file);
     let snapshots = image.snapshots().unwrap();
     let at_snapshots = snapshots.iter().map(|snapshot| image.at_snapshot(snapshot).unwrap());
@@ -131,7 +131,11 @@ fn views(file: &MemoryFile, below: &Chain) -> Vec<Vec<u8>> {
 }
 
 /// Calls `judge` with every state of interest that a cut can leave; returns how many there were.
-fn every_cut(start: &[u8], log: &[Operation], mut judge: impl FnMut(Vec<u8>, &dyn Fn() -> String)) -> usize {
+pub fn every_cut(
+    start: &[u8],
+    log: &[Operation],
+    mut judge: impl FnMut(Vec<u8>, &dyn Fn() -> String),
+) -> usize {
     let mut random = Random::new(1);
     let mut states = 0;
     let mut synced = start.to_vec();

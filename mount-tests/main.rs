@@ -22,5 +22,6 @@ mod random_chain;
 mod reading;
 mod real_input;
 mod rebase;
+mod repair;
 mod scratch;
 mod traced;

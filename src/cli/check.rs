@@ -1,19 +1,20 @@
-//! `rebasefs check`: whether an image is sound.
+//! `rebasefs check`: whether an image is sound; with `-r`, making it so.
 
 use std::fmt::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde_json::{Map, Value};
 
 use super::options::{self, Opening, Output, Refused};
 use super::print::{complain, print, print_json};
-use crate::error::{Error, Result};
-use crate::file::Access;
-use crate::file::CacheMode;
-use crate::layer::Layer;
+use crate::error::{Context, Error, Result};
+use crate::file::{Access, CacheMode, Lock};
+use crate::layer::qcow2::Qcow2;
 use crate::layer::qcow2::check::{CheckReport, check};
+use crate::layer::qcow2::repair::{self, Repaired};
+use crate::layer::{Format, Layer};
 
 /// Exit code for a format that has nothing to check.
 const NOT_SUPPORTED: u8 = 63;
@@ -25,6 +26,7 @@ Exit code: 0 sound, 1 could not be checked, 2 corrupt, 3 leaked clusters, 63 the
 
 Example:
   rebasefs check cow.qcow2
+  rebasefs check -r leaks cow.qcow2
   rebasefs check --output=json cow.qcow2 | jq .leaks")]
 pub(super) struct Arguments {
     /// Format of the image; without it, it is recognised from the file
@@ -39,8 +41,9 @@ pub(super) struct Arguments {
     /// Cache mode: writeback, writethrough, none, directsync or unsafe
     #[arg(short = 'T', long, value_name = "CACHE", value_parser = CacheMode::from_name, default_value = "writeback")]
     cache: CacheMode,
-    #[arg(short, long, hide = true, value_name = "leaks|all")]
-    repair: Option<String>,
+    /// Repair the image: leaked clusters, or all errors of refcounts and their flags as well
+    #[arg(short, long, value_enum, value_name = "WHAT")]
+    repair: Option<Repair>,
     #[command(flatten)]
     opening: Opening,
     #[command(flatten)]
@@ -50,33 +53,76 @@ pub(super) struct Arguments {
     file: PathBuf,
 }
 
+/// What is to be repaired, in qemu-img's words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Repair {
+    /// Free what is not used.
+    Leaks,
+    /// Also errors of refcounts, and refcount structures.
+    All,
+}
+
+impl From<Repair> for repair::Repair {
+    fn from(typed: Repair) -> Self {
+        match typed {
+            Repair::Leaks => Self::Leaks,
+            Repair::All => Self::All,
+        }
+    }
+}
+
 pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
     arguments.refused.check()?;
-    if let Some(what) = &arguments.repair {
-        let error =
-            Error::unsupported(format!("--repair {what} is not supported: rebasefs check changes nothing"));
-        return Err(error.hint("repair it with `qemu-img check -r`"));
-    }
     let format = options::format(arguments.format.as_deref())?;
-    let layer = arguments.opening.opener().caching(arguments.cache, arguments.cache).layer(
-        &arguments.file,
-        format,
-        Access::ReadOnly,
-    )?;
+    let access = if arguments.repair.is_some() { Access::ReadWrite } else { Access::ReadOnly };
+    let opener = arguments.opening.opener().caching(arguments.cache, arguments.cache);
+    if arguments.repair.is_some() && !opener.takes_locks() {
+        let error = Error::invalid("--force-share cannot repair: it opens images beside those who write");
+        return Err(error.hint("leave out -U"));
+    }
+    let layer = opener.layer(&arguments.file, format, access)?;
     let Some(image) = layer.as_qcow2() else {
         complain("rebasefs: This image format does not support checks");
         return Ok(ExitCode::from(NOT_SUPPORTED));
     };
-    let report = check(image)?;
-    for message in &report.messages {
-        complain(message);
-    }
+    let outcome = match arguments.repair {
+        None => Outcome { left: check(image)?, ..Outcome::default() },
+        Some(what) => repaired(image, what)?,
+    };
+    outcome.messages().for_each(|message| complain(message));
     match arguments.output {
-        Output::Json => print_json(&as_json(&report, &arguments.file.to_string_lossy(), &*layer))?,
+        Output::Json => print_json(&as_json(&outcome, &arguments.file.to_string_lossy(), layer.format()))?,
         Output::Human if arguments.quiet => {}
-        Output::Human => print(&as_text(&report))?,
+        Output::Human => print(&(fixed(&outcome) + &as_text(&outcome.left)))?,
     }
-    Ok(ExitCode::from(exit_code(&report)))
+    Ok(ExitCode::from(exit_code(&outcome.left)))
+}
+
+/// What is to be printed.
+#[derive(Default)]
+struct Outcome {
+    /// What was found before a repair, and why not all of it could be repaired.
+    before: Vec<String>,
+    notes: Vec<String>,
+    leaks_fixed: u64,
+    corruptions_fixed: u64,
+    left: CheckReport,
+}
+
+impl Outcome {
+    fn messages(&self) -> impl Iterator<Item = &String> {
+        self.before.iter().chain(&self.left.messages).chain(&self.notes)
+    }
+}
+
+fn repaired(image: &Qcow2, what: Repair) -> Result<Outcome> {
+    image.file().lock(Lock::Write).doing(|| "locking the image for writing".to_owned())?;
+    // As it is now: another process may have written to it until it was locked.
+    let repaired = repair::repair(&image.reopen()?, what.into())?;
+    let (leaks_fixed, corruptions_fixed) = (repaired.leaks_fixed(), repaired.corruptions_fixed());
+    let Repaired { found, left, notes } = repaired;
+    let before = if found == left { Vec::new() } else { found.messages };
+    Ok(Outcome { before, notes, leaks_fixed, corruptions_fixed, left })
 }
 
 fn exit_code(report: &CheckReport) -> u8 {
@@ -89,7 +135,8 @@ fn exit_code(report: &CheckReport) -> u8 {
 }
 
 /// The fields of qemu-img's ImageCheck; those that it leaves out when they are zero are left out.
-fn as_json(report: &CheckReport, name: &str, layer: &dyn Layer) -> Value {
+fn as_json(outcome: &Outcome, name: &str, format: Format) -> Value {
+    let report = &outcome.left;
     let mut fields = Map::new();
     fields.insert("image-end-offset".into(), report.image_end_offset.into());
     fields.insert("total-clusters".into(), report.total_clusters.into());
@@ -97,6 +144,8 @@ fn as_json(report: &CheckReport, name: &str, layer: &dyn Layer) -> Value {
     let optional = [
         ("corruptions", report.corruptions),
         ("leaks", report.leaks),
+        ("corruptions-fixed", outcome.corruptions_fixed),
+        ("leaks-fixed", outcome.leaks_fixed),
         ("allocated-clusters", report.allocated_clusters),
         ("fragmented-clusters", report.fragmented_clusters),
         ("compressed-clusters", report.compressed_clusters),
@@ -105,8 +154,19 @@ fn as_json(report: &CheckReport, name: &str, layer: &dyn Layer) -> Value {
         fields.insert(name.into(), number.into());
     }
     fields.insert("filename".into(), name.into());
-    fields.insert("format".into(), layer.format().to_string().into());
+    fields.insert("format".into(), format.to_string().into());
     fields.into()
+}
+
+fn fixed(outcome: &Outcome) -> String {
+    match outcome {
+        Outcome { leaks_fixed: 0, corruptions_fixed: 0, .. } => String::new(),
+        Outcome { leaks_fixed, corruptions_fixed, .. } => format!(
+            "The following inconsistencies were found and repaired:\n\n    \
+             {leaks_fixed} leaked clusters\n    {corruptions_fixed} corruptions\n\n\
+             Double checking the fixed image now...\n"
+        ),
+    }
 }
 
 fn as_text(report: &CheckReport) -> String {

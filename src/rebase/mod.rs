@@ -27,6 +27,7 @@ pub use rehearse::{Copied, Rehearsal, rehearse};
 use crate::chain::{Chain, Opener};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::file::{Access, Lock};
+use crate::layer::qcow2::repair::recover;
 use crate::layer::qcow2::{Qcow2, Writer};
 use crate::layer::{Format, Layer, Overlay, Reference};
 
@@ -71,6 +72,7 @@ pub struct Report {
 
 /// Rebases the overlay on top of `chain` (opened for writing) and returns the chain as it is
 /// afterwards, with a fresh top layer. In [`Mode::Unsafe`] both chains may be the top alone.
+/// An image that was not closed properly is repaired first.
 /// On an error the image is what it was, apart from clusters that it holds by itself now.
 pub fn rebase(
     chain: &Chain,
@@ -84,11 +86,15 @@ pub fn rebase(
     let target = Target::open(top, opener, request)?;
     let lock = WriteLock::take(top, opener)?;
     // As it is now: an earlier rebase of this chain that was stopped has written to it.
-    let image = image.reopen()?;
-    let writer = Writer::open(&image)?;
+    let mut image = image.reopen()?;
+    let mut writer = Writer::open(&image)?;
     writer.check_backing(target.backing.as_ref())?;
     let report = match request.mode {
         Mode::Safe => {
+            if image.is_dirty() {
+                image = recover(&image)?;
+                writer = Writer::open(&image)?;
+            }
             writer.check_tables()?;
             let old = chain.below(0);
             let report = copy::copy_differences(&writer, &old, &target.chain, progress)?;

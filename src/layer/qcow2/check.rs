@@ -2,12 +2,11 @@
 //!
 //! Changes nothing. What is counted, and under which name, is what `qemu-img check` counts.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 
-use super::counts::Counts;
 use super::header::Header;
 use super::refcount::read_refcount;
-use super::references::Walk;
+use super::references::{References, Walk};
 use super::stored::StoredRefcounts;
 use super::{Layer, Qcow2};
 use crate::error::{Context, Result};
@@ -55,61 +54,84 @@ impl CheckReport {
         self.message(text);
     }
 
-    fn message(&mut self, text: String) {
+    pub(super) fn message(&mut self, text: String) {
         if self.messages.len() < MAX_MESSAGES {
             self.messages.push(text);
         }
     }
+}
 
-    fn compare(&mut self, cluster: u64, stored: u64, counted: u64) {
-        if stored < counted {
-            self.corruption(1, format!("ERROR cluster {cluster} refcount={stored} reference={counted}"));
-        } else if stored > counted {
-            self.leaks += 1;
-            self.message(format!("Leaked cluster {cluster} refcount={stored} reference={counted}"));
-        }
-    }
+/// What a check found, with what a repair needs to know beyond it.
+pub(super) struct Examination {
+    pub report: CheckReport,
+    pub references: References,
+    /// Refcount blocks, by index, with counts that are too low, and with counts that are too high.
+    pub low: BTreeSet<u64>,
+    pub high: BTreeSet<u64>,
 }
 
 /// Counts all references and compares them with the refcounts, for the active disk and all
 /// internal snapshots. Fails only where the file cannot be read.
 pub fn check(image: &Qcow2) -> Result<CheckReport> {
-    check_unnamed(image).path(image.file().path()).doing(|| "checking the image".to_owned())
+    examine(image).map(|examination| examination.report)
 }
 
-fn check_unnamed(image: &Qcow2) -> Result<CheckReport> {
+/// The same, with all the particulars.
+pub(super) fn examine(image: &Qcow2) -> Result<Examination> {
+    examine_unnamed(image).path(image.file().path()).doing(|| "checking the image".to_owned())
+}
+
+fn examine_unnamed(image: &Qcow2) -> Result<Examination> {
     let header = image.header();
     let file: &dyn HostFile = &**image.file();
     let mut report =
         CheckReport { total_clusters: header.size.div_ceil(header.cluster_size()), ..CheckReport::default() };
     let stored = StoredRefcounts::read(file, header)?;
-    let counts = Walk::new(image, &stored, &mut report)?.count()?;
-    let mut comparison = Comparison { header, file, stored: &stored, counts: &counts, report, last: 0 };
+    let references = Walk::new(image, &stored, &mut report)?.count()?;
+    let found = Examination { report, references, low: BTreeSet::new(), high: BTreeSet::new() };
+    let mut comparison = Comparison { header, file, stored: &stored, found, last: 0 };
     comparison.referenced()?;
     comparison.unreferenced()?;
-    let Comparison { report, last, .. } = comparison;
-    Ok(CheckReport { image_end_offset: (last + 1) << header.cluster_bits, ..report })
+    let Comparison { mut found, last, .. } = comparison;
+    found.report.image_end_offset = (last + 1) << header.cluster_bits;
+    Ok(found)
 }
 
 struct Comparison<'a> {
     header: &'a Header,
     file: &'a dyn HostFile,
     stored: &'a StoredRefcounts<'a>,
-    counts: &'a Counts,
-    report: CheckReport,
+    found: Examination,
     /// The last cluster that is in use or said to be.
     last: u64,
 }
 
 impl Comparison<'_> {
     fn referenced(&mut self) -> Result<()> {
-        for (cluster, counted) in self.counts.iter() {
+        let counts = std::mem::take(&mut self.found.references.counts);
+        for (cluster, counted) in counts.iter() {
             if let Some(stored) = self.stored.of(cluster)? {
                 self.last = self.last.max(cluster);
-                self.report.compare(cluster, stored, counted);
+                self.compare(cluster, stored, counted);
             }
         }
+        self.found.references.counts = counts;
         Ok(())
+    }
+
+    fn compare(&mut self, cluster: u64, stored: u64, counted: u64) {
+        let block = cluster / self.stored.per_block();
+        let Examination { report, references, low, high } = &mut self.found;
+        if stored < counted {
+            report.corruption(1, format!("ERROR cluster {cluster} refcount={stored} reference={counted}"));
+            // Without a block there is no place for a count.
+            references.has_damaged_refcounts |= self.stored.entry(block) == 0;
+            low.insert(block);
+        } else if stored > counted {
+            report.leaks += 1;
+            report.message(format!("Leaked cluster {cluster} refcount={stored} reference={counted}"));
+            high.insert(block);
+        }
     }
 
     /// The clusters that no structure points to, whatever their refcounts say.
@@ -129,7 +151,7 @@ impl Comparison<'_> {
                 Some(block) => self.unreferenced_in(block, first, end)?,
                 None => {
                     let text = format!("Cannot tell the refcounts of clusters {first} to {}", end - 1);
-                    self.report.check_error(end - first, text);
+                    self.found.report.check_error(end - first, text);
                 }
             }
         }
@@ -148,8 +170,8 @@ impl Comparison<'_> {
             let stored = read_refcount(&bytes, self.header.refcount_order, cluster - first);
             if stored > 0 {
                 self.last = self.last.max(cluster);
-                if self.counts.of(cluster) == 0 {
-                    self.report.compare(cluster, stored, 0);
+                if self.found.references.counts.of(cluster) == 0 {
+                    self.compare(cluster, stored, 0);
                 }
             }
         }

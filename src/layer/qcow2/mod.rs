@@ -11,6 +11,7 @@
 //! | `refcount`, `staged`, `update`, `swap` | writing, in the order of invariants I2 and I3 |
 //! | `create` | making a new image |
 //! | `references`, `counts`, `stored`, `check` | who points where, and whether the refcounts say so |
+//! | `repair` | making them say so |
 
 pub mod bitmap;
 pub mod check;
@@ -22,6 +23,7 @@ pub mod extension;
 pub mod header;
 pub mod refcount;
 mod references;
+pub mod repair;
 pub mod snapshot;
 mod stored;
 pub mod table;
@@ -36,7 +38,7 @@ use std::sync::Arc;
 use self::bitmap::{Bitmap, Directory};
 use self::entry::{Cluster, L2Entry, SUBCLUSTERS, Standard, State};
 use self::extension::{Extensions, kind};
-use self::header::{Compression, Header, autoclear};
+use self::header::{Compression, Header, autoclear, incompatible};
 use self::snapshot::{Snapshot, SnapshotTable};
 use self::table::{L2Slice, SLICE_BYTES, TableCache, read_words};
 use super::{Compressed, Detail, Extent, ExtentKind, Format, GuestOffset, Layer, Reference};
@@ -160,6 +162,11 @@ impl Qcow2 {
     /// The header's fields.
     pub fn header(&self) -> &Header {
         &self.preamble.header
+    }
+
+    /// Whether it was not closed properly by a writer with lazy refcounts.
+    pub fn is_dirty(&self) -> bool {
+        self.header().incompatible & incompatible::DIRTY != 0
     }
 
     /// The whole header cluster.

@@ -15,7 +15,7 @@ use crate::file::{HostFile, HostOffset};
 /// Bytes of clean blocks that are kept in memory.
 const CLEAN_BUDGET: usize = 8 << 20;
 /// The largest refcount table that QEMU opens.
-const MAX_TABLE_BYTES: u64 = 8 << 20;
+pub(super) const MAX_TABLE_BYTES: u64 = 8 << 20;
 /// Bits of a refcount table entry that hold the offset of a block.
 const BLOCK_OFFSET: u64 = !0x1ff;
 

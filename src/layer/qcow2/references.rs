@@ -30,9 +30,24 @@ const HOLE_DISCOUNT: u64 = 16;
 
 /// How many L1 entries point to an L2 table.
 #[derive(Clone, Copy, Default)]
-struct Uses {
-    by_active: u64,
-    by_all: u64,
+pub(super) struct Uses {
+    pub by_active: u64,
+    pub by_all: u64,
+    /// Whether anything in the table is wrong that is not a refcount or a flag.
+    pub is_damaged: bool,
+}
+
+/// All that the walk brought home.
+#[derive(Default)]
+pub(super) struct References {
+    /// How often each cluster is pointed to.
+    pub counts: Counts,
+    /// The L2 tables by host offset.
+    pub l2_tables: BTreeMap<u64, Uses>,
+    /// Whether there are pointers that could not be followed: what they lead to looks unused.
+    pub is_incomplete: bool,
+    /// Whether refcount table or blocks cannot be trusted to be what they are.
+    pub has_damaged_refcounts: bool,
 }
 
 /// The walk through all structures of one image.
@@ -42,8 +57,11 @@ pub(super) struct Walk<'a> {
     file: &'a dyn HostFile,
     stored: &'a StoredRefcounts<'a>,
     report: &'a mut CheckReport,
-    counts: Counts,
-    l2_tables: BTreeMap<u64, Uses>,
+    found: References,
+    /// What was found that is neither a refcount nor a flag.
+    objections: u64,
+    /// References beyond what a refcount can say.
+    excess: u64,
     table_bytes_left: u64,
 }
 
@@ -60,30 +78,67 @@ impl<'a> Walk<'a> {
             file,
             stored,
             report,
-            counts: Counts::default(),
-            l2_tables: BTreeMap::new(),
+            found: References::default(),
+            objections: 0,
+            excess: 0,
             table_bytes_left: TABLE_ALLOWANCE + file.allocated_bytes()?.saturating_mul(8),
         })
     }
 
     /// Counts everything. The refcount structures come last: it is an error if anything else
     /// points to them.
-    pub(super) fn count(mut self) -> Result<Counts> {
+    pub(super) fn count(mut self) -> Result<References> {
+        self.guest_structures()?;
+        self.refcount_structures()?;
+        Ok(self.found)
+    }
+
+    /// Counts everything but the refcount structures.
+    pub(super) fn count_without_refcounts(mut self) -> Result<Counts> {
+        self.guest_structures()?;
+        Ok(self.found.counts)
+    }
+
+    fn guest_structures(&mut self) -> Result<()> {
         self.add("header", 0, self.header.cluster_size(), 1);
         let (offset, entries) = (self.header.l1_offset, self.header.l1_entries);
-        self.l1_table("L1 table", offset, entries, Uses { by_active: 1, by_all: 1 })?;
+        self.l1_table("L1 table", offset, entries, Uses { by_active: 1, by_all: 1, ..Uses::default() })?;
         self.snapshots()?;
-        for (offset, uses) in std::mem::take(&mut self.l2_tables) {
-            self.l2_table(offset, uses)?;
+        let mut tables = std::mem::take(&mut self.found.l2_tables);
+        for (offset, uses) in &mut tables {
+            let before = self.objections;
+            self.l2_table(*offset, *uses)?;
+            uses.is_damaged = self.objections > before;
         }
-        self.bitmaps()?;
-        self.refcount_structures()?;
-        Ok(self.counts)
+        self.found.l2_tables = tables;
+        self.bitmaps()
+    }
+
+    /// Something is wrong with a structure, but what it points to is clear.
+    fn object(&mut self, times: u64, text: String) {
+        self.objections += 1;
+        self.report.corruption(times, text);
+    }
+
+    /// Something points nobody knows where.
+    fn lose(&mut self, times: u64, text: String) {
+        self.found.is_incomplete = true;
+        self.object(times, text);
     }
 
     /// Counts `times` references to each cluster of a range. A range that leaves the file is an
     /// error and not counted; returns false.
     fn add(&mut self, what: &str, offset: u64, size: u64, times: u64) -> bool {
+        let is_inside = self.add_structure(what, offset, size, times);
+        if !is_inside {
+            self.objections += 1;
+            self.found.is_incomplete = true;
+        }
+        is_inside
+    }
+
+    /// The same for what is not missed if it is lost.
+    fn add_structure(&mut self, what: &str, offset: u64, size: u64, times: u64) -> bool {
         let end = offset.saturating_add(size);
         // The last cluster of a file need not be there, not even in part: it may never have been written.
         if end >= self.file.size().saturating_add(self.header.cluster_size()) {
@@ -92,8 +147,9 @@ impl<'a> Walk<'a> {
             return false;
         }
         for cluster in offset >> self.header.cluster_bits..end.div_ceil(self.header.cluster_size()) {
-            let excess = self.counts.add(cluster, times, self.stored.max());
+            let excess = self.found.counts.add(cluster, times, self.stored.max());
             if excess > 0 {
+                self.excess += excess;
                 let text = format!("ERROR cluster {cluster} is used more often than a refcount can say");
                 self.report.corruption(excess, text);
             }
@@ -114,6 +170,7 @@ impl<'a> Walk<'a> {
         let left = self.table_bytes_left.checked_sub(bytes);
         self.table_bytes_left = left.unwrap_or(0);
         if left.is_none() {
+            self.found.is_incomplete = true;
             let text =
                 format!("ERROR {what} not looked at: the tables claim far more room than the file takes");
             self.report.check_error(1, text);
@@ -144,20 +201,20 @@ impl<'a> Walk<'a> {
     fn l1_entry(&mut self, what: &str, index: usize, entry: u64, uses: Uses) -> Result<()> {
         if entry & L1_RESERVED != 0 {
             let text = format!("ERROR {what}, entry {index}: {entry:#018x} has reserved bits set");
-            self.report.corruption(uses.by_all, text);
+            self.lose(uses.by_all, text);
         }
         let table = entry & OFFSET;
         self.add("L2 table", table, self.header.cluster_size(), uses.by_all);
         if !table.is_multiple_of(self.header.cluster_size()) {
             let text = format!("ERROR {what}, entry {index}: {entry:#018x} is not aligned to a cluster");
-            self.report.corruption(uses.by_all, text);
+            self.lose(uses.by_all, text);
         }
         if uses.by_active > 0 && table != 0 {
             let refcount = self.stored.of(table >> self.header.cluster_bits)?;
             self.copied_flag("L1 entry", index as u64, entry, refcount, uses.by_active);
         }
         if table < self.file.size() {
-            let so_far = self.l2_tables.entry(table).or_default();
+            let so_far = self.found.l2_tables.entry(table).or_default();
             so_far.by_active += uses.by_active;
             so_far.by_all += uses.by_all;
         }
@@ -182,7 +239,7 @@ impl<'a> Walk<'a> {
         let table = match SnapshotTable::read(self.file, self.header) {
             Ok(table) => table,
             Err(e) => {
-                self.report.corruption(1, format!("ERROR {e}"));
+                self.lose(1, format!("ERROR {e}"));
                 return Ok(());
             }
         };
@@ -193,7 +250,7 @@ impl<'a> Walk<'a> {
             *tables.entry((snapshot.l1_offset, snapshot.l1_entries)).or_default() += 1;
         }
         for ((offset, entries), by_all) in tables {
-            self.l1_table("a snapshot's L1 table", offset, entries, Uses { by_active: 0, by_all })?;
+            self.l1_table("a snapshot's L1 table", offset, entries, Uses { by_all, ..Uses::default() })?;
         }
         Ok(())
     }
@@ -219,7 +276,12 @@ impl<'a> Walk<'a> {
     fn l2_entry(&mut self, index: u64, found: L2Entry, uses: Uses, expected: &mut Option<u64>) -> Result<()> {
         let (entry, objections) = self.without_what_does_not_matter(found);
         for what in objections {
-            self.report.corruption(uses.by_all, format!("ERROR L2 entry {:#018x} {what}", found.word));
+            let text = format!("ERROR L2 entry {:#018x} {what}", found.word);
+            match found.word & COMPRESSED {
+                0 => self.object(uses.by_all, text),
+                // The flag: what it should be is clear.
+                _ => self.report.corruption(uses.by_all, text),
+            }
         }
         if entry.word & COMPRESSED != 0 {
             self.compressed_cluster(entry, uses);
@@ -231,7 +293,7 @@ impl<'a> Walk<'a> {
             }
             Ok(_) => Ok(()),
             Err(e) => {
-                self.report.corruption(uses.by_all, format!("ERROR {e}"));
+                self.lose(uses.by_all, format!("ERROR {e}"));
                 // It is not to be used, but it keeps the clusters in use that it touches.
                 let touched = entry.word & OFFSET;
                 if touched.is_multiple_of(self.header.cluster_size()) {
@@ -255,11 +317,11 @@ impl<'a> Walk<'a> {
                 // Unlike other clusters it cannot be there without having been written.
                 if is_near && at.0 >= self.file.size() {
                     let text = format!("ERROR compressed cluster at {at:#x}: lies past the end of the file");
-                    self.report.corruption(uses.by_all, text);
+                    self.lose(uses.by_all, text);
                 }
             }
             Ok(Cluster::Standard(_)) => {}
-            Err(e) => self.report.corruption(uses.by_all, format!("ERROR {e}")),
+            Err(e) => self.lose(uses.by_all, format!("ERROR {e}")),
         }
     }
 
@@ -299,7 +361,7 @@ impl<'a> Walk<'a> {
         let directory = match Directory::decode(extension, self.header) {
             Ok(directory) => directory,
             Err(e) => {
-                self.report.corruption(1, format!("ERROR {e}"));
+                self.lose(1, format!("ERROR {e}"));
                 return Ok(());
             }
         };
@@ -309,7 +371,7 @@ impl<'a> Walk<'a> {
         match directory.decode_entries(&bytes, self.header) {
             Ok(bitmaps) => bitmaps.iter().try_for_each(|bitmap| self.bitmap(bitmap)),
             Err(e) => {
-                self.report.corruption(1, format!("ERROR {e}"));
+                self.lose(1, format!("ERROR {e}"));
                 Ok(())
             }
         }
@@ -332,28 +394,36 @@ impl<'a> Walk<'a> {
                 Ok(Some(offset)) => {
                     self.add("bitmap data", offset, self.header.cluster_size(), 1);
                 }
-                Err(e) => self.report.corruption(1, format!("ERROR bitmap '{}': {e}", bitmap.name)),
+                Err(e) => self.lose(1, format!("ERROR bitmap '{}': {e}", bitmap.name)),
             }
         }
         Ok(())
     }
 
     fn refcount_structures(&mut self) -> Result<()> {
+        let excess_before = self.excess;
         let bytes = u64::from(self.header.refcount_table_clusters) << self.header.cluster_bits;
-        self.add("refcount table", self.header.refcount_table_offset, bytes, 1);
+        let table = self.header.refcount_table_offset;
+        let is_inside = self.add_structure("refcount table", table, bytes, 1);
+        self.found.has_damaged_refcounts |= !is_inside;
         let mut seen = HashSet::new();
         for (index, block) in self.stored.entries() {
             if let Some(objection) = self.stored.objection(block) {
+                self.found.has_damaged_refcounts = true;
                 self.report.corruption(1, format!("ERROR refcount block {index} {objection}"));
                 continue;
             }
-            self.add("refcount block", block, self.header.cluster_size(), 1);
-            let uses = self.counts.of(block >> self.header.cluster_bits);
+            self.add_structure("refcount block", block, self.header.cluster_size(), 1);
+            let uses = self.found.counts.of(block >> self.header.cluster_bits);
             if uses != 1 || !seen.insert(block) {
+                self.found.has_damaged_refcounts = true;
                 let text = format!("ERROR refcount block {index} is used {uses} times");
                 self.report.corruption(1, text);
             }
         }
+        let mut clusters = table >> self.header.cluster_bits..(table + bytes) >> self.header.cluster_bits;
+        let is_shared = clusters.any(|cluster| self.found.counts.of(cluster) > 1);
+        self.found.has_damaged_refcounts |= is_shared || self.excess > excess_before;
         Ok(())
     }
 

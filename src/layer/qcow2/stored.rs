@@ -49,6 +49,11 @@ impl<'a> StoredRefcounts<'a> {
         (0..).zip(self.table.iter().copied()).filter(|&(_, entry)| entry != 0)
     }
 
+    /// The entry of the table with this index, zero where there is none.
+    pub fn entry(&self, index: u64) -> u64 {
+        self.table.get(index as usize).copied().unwrap_or(0)
+    }
+
     /// What is wrong with an entry of the table.
     pub fn objection(&self, entry: u64) -> Option<&'static str> {
         if entry & RESERVED != 0 {
@@ -72,7 +77,7 @@ impl<'a> StoredRefcounts<'a> {
 
     /// The refcount of a cluster, `None` where its block cannot be read.
     pub fn of(&self, cluster: u64) -> Result<Option<u64>> {
-        let entry = self.table.get((cluster / self.per_block()) as usize).copied().unwrap_or(0);
+        let entry = self.entry(cluster / self.per_block());
         if entry & !RESERVED == 0 {
             return Ok(Some(0));
         }

@@ -26,7 +26,7 @@ use crate::layer::{Content, Detail, ExtentKind, Filled, GuestOffset, Layer, Miss
 const STAGED_BUDGET: usize = 8 << 20;
 
 /// What to do about an image that must not be written.
-const REPAIR: &str = "repair it with `qemu-img check -r all` first";
+const REPAIR: &str = "repair it with `rebasefs check -r all` first";
 
 /// A qcow2 image that is being written: the active disk and all internal snapshots at once.
 #[derive(Debug)]
