@@ -67,8 +67,3 @@ impl Refused {
 pub(super) fn format(name: Option<&str>) -> Result<Option<Format>> {
     name.map(Format::from_name).transpose()
 }
-
-/// The name of a backing format, as it is to be recorded: a format that we read.
-pub(super) fn format_name(name: &str) -> Result<String> {
-    Format::from_name(name).map(|_| name.to_owned())
-}

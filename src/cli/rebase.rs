@@ -1,6 +1,5 @@
 //! `rebasefs rebase`: the engine without a mount, with qemu-img's options.
 
-use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -9,13 +8,13 @@ use std::time::Duration;
 use clap::Args;
 use serde_json::json;
 
-use super::options::{self, Opening, Output, Refused};
+use super::options::{Opening, Output, Refused};
 use super::{print, size};
 use crate::chain::Chain;
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Result};
 use crate::file::{Access, CacheMode};
-use crate::layer::{Format, Reference};
-use crate::rebase::{Copied, Mode, Progress, Rehearsal, Report, Request, rebase, reclaim, rehearse};
+use crate::layer::Format;
+use crate::rebase::{Copied, Mode, Options, Progress, Rehearsal, Report, rebase, reclaim, rehearse};
 
 /// Give an image another backing file and keep every guest-visible byte
 ///
@@ -27,36 +26,14 @@ use crate::rebase::{Copied, Mode, Progress, Rehearsal, Report, Request, rebase, 
   rebasefs rebase -b \"\" cow.qcow2               no backing file any more (flatten)
   rebasefs rebase -u -b /new/place/base.img -F raw cow.qcow2     the same file has moved")]
 pub(super) struct Arguments {
-    /// The new backing file, as it is to stand in the header: relative to the image's directory;
-    /// "" to have none any more
-    #[arg(short, long, value_name = "FILE")]
-    backing: Option<OsString>,
-    /// Format of the new backing file; recognised from the file if left out
-    #[arg(short = 'F', long, value_name = "FORMAT", value_parser = options::format_name)]
-    backing_format: Option<String>,
+    #[command(flatten)]
+    options: Options,
     /// Format of the image
     #[arg(short, long, value_name = "FORMAT", value_parser = Format::from_name)]
     format: Option<Format>,
-    /// Unsafe: change the reference only, for a backing file that was moved or renamed
-    #[arg(short = 'u', long = "backing-unsafe")]
-    is_unsafe: bool,
     /// Cache mode of the image: writeback, writethrough, none, directsync or unsafe
     #[arg(short = 't', long, value_name = "CACHE", value_parser = CacheMode::from_name, default_value = "writeback")]
     cache: CacheMode,
-    /// Cache mode of the backing files
-    #[arg(short = 'T', long, value_name = "CACHE", value_parser = CacheMode::from_name, default_value = "writeback")]
-    backing_cache: CacheMode,
-    /// Change nothing: say what would be compared and copied
-    #[arg(long, conflicts_with = "is_unsafe")]
-    dry_run: bool,
-    /// Before the header names the new backing file, compare all that the image will read as, from
-    /// what is on disk, with what it reads as now
-    #[arg(long, conflicts_with = "is_unsafe")]
-    verify: bool,
-    /// Afterwards, drop what the image holds although the new backing file has the same bytes, and
-    /// free its space
-    #[arg(long, conflicts_with_all = ["is_unsafe", "dry_run"])]
-    reclaim: bool,
     /// How to print what happened
     #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
     output: Output,
@@ -66,8 +43,6 @@ pub(super) struct Arguments {
     /// Print nothing but errors
     #[arg(short, long)]
     quiet: bool,
-    #[arg(short, long, hide = true)]
-    compress: bool,
     #[command(flatten)]
     opening: Opening,
     #[command(flatten)]
@@ -76,49 +51,24 @@ pub(super) struct Arguments {
     image: PathBuf,
 }
 
-impl Arguments {
-    fn check(&self) -> Result<()> {
-        self.refused.check()?;
-        if self.compress {
-            let error = Error::unsupported("-c is not supported: what is copied is stored as it is");
-            return Err(error.hint("compress afterwards with `qemu-img convert -c`"));
-        }
-        // qemu-img removes the backing file then, silently in unsafe mode.
-        if self.backing.is_none() {
-            let error = Error::invalid("no backing file given");
-            return Err(error.hint("-b FILE for another one, -b \"\" for none"));
-        }
-        Ok(())
-    }
-
-    fn request(&self) -> Request {
-        let name = self.backing.clone().filter(|name| !name.is_empty());
-        Request {
-            backing: name.map(|name| Reference { name, format: self.backing_format.clone() }),
-            mode: if self.is_unsafe { Mode::Unsafe } else { Mode::Safe },
-            verify: self.verify,
-        }
-    }
-}
-
 pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
-    arguments.check()?;
+    arguments.refused.check()?;
+    let (options, request) = (&arguments.options, arguments.options.request()?);
     if arguments.cache == CacheMode::Unsafe {
         log::warn!("cache mode unsafe: if the machine stops before all is on disk, the image is lost");
     }
-    let opener = arguments.opening.opener().caching(arguments.cache, arguments.backing_cache);
-    let request = arguments.request();
+    let opener = arguments.opening.opener().caching(arguments.cache, options.backing_cache);
     let (image, progress) = (&arguments.image, Progress::default());
-    let access = if arguments.dry_run { Access::ReadOnly } else { Access::ReadWrite };
+    let access = if options.dry_run { Access::ReadOnly } else { Access::ReadWrite };
     let chain = match request.mode {
         Mode::Safe => opener.chain(image, arguments.format, access)?,
         Mode::Unsafe => Chain::new([opener.layer(image, arguments.format, access)?]),
     };
-    let work = || match arguments.dry_run {
+    let work = || match options.dry_run {
         true => rehearse(&chain, &opener, &request, &progress),
         false => {
             let (chain, mut report) = rebase(&chain, &opener, &request, &progress)?;
-            if arguments.reclaim {
+            if options.reclaim {
                 let reclaimed = reclaim(&chain, &opener, &progress, drop);
                 report.reclaimed = reclaimed.doing(|| "reclaiming space after the rebase".to_owned())?;
             }
@@ -154,7 +104,7 @@ fn as_json(arguments: &Arguments, done: &Rehearsal) -> serde_json::Value {
         |range: &Copied| json!({"start": range.start.0, "length": range.length, "zero": range.is_zero});
     let mut object = json!({
         "filename": arguments.image.to_string_lossy(),
-        "dry-run": arguments.dry_run,
+        "dry-run": arguments.options.dry_run,
         "missing": missing,
         "equal": equal,
         "compared": compared,
@@ -162,7 +112,7 @@ fn as_json(arguments: &Arguments, done: &Rehearsal) -> serde_json::Value {
         "zeroed": zeroed,
         "reclaimed": reclaimed,
     });
-    if arguments.dry_run {
+    if arguments.options.dry_run {
         object["ranges"] = done.ranges.iter().map(range).collect();
     }
     object
@@ -172,7 +122,7 @@ fn as_json(arguments: &Arguments, done: &Rehearsal) -> serde_json::Value {
 fn summary(arguments: &Arguments, report: &Report) -> String {
     let [missing, equal, compared, copied, zeroed] =
         [report.missing, report.equal, report.compared, report.copied, report.zeroed].map(size::text);
-    let what = if arguments.dry_run { "Nothing written" } else { "Image rebased" };
+    let what = if arguments.options.dry_run { "Nothing written" } else { "Image rebased" };
     format!(
         "{what}: of {missing} not in the overlay, {equal} were equal by metadata, {compared} compared; \
          {copied} copied, {zeroed} zeroed\n"

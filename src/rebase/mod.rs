@@ -12,6 +12,7 @@
 
 mod compare;
 mod copy;
+mod options;
 mod plan;
 mod progress;
 mod reclaim;
@@ -20,6 +21,7 @@ mod verify;
 
 use std::sync::Arc;
 
+pub use options::Options;
 pub use progress::{Phase, Progress};
 pub use reclaim::reclaim;
 pub use rehearse::{Copied, Rehearsal, rehearse};
