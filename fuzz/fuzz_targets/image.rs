@@ -1,0 +1,16 @@
+//! An image in memory, opened as far as it can be.
+
+use std::sync::Arc;
+
+use rebasefs::file::HostFile;
+use rebasefs::layer::qcow2::table::TableCache;
+use rebasefs::layer::qcow2::{Preamble, Qcow2};
+
+use super::memory_file::MemoryFile;
+
+/// Opens the image. An external data file, where it wants one, is an empty one.
+pub fn open(file: &MemoryFile) -> rebasefs::Result<Qcow2> {
+    let preamble = Preamble::read(file)?;
+    let data_file = preamble.data_file()?.map(|_| Arc::new(MemoryFile::new(Vec::new())) as Arc<dyn HostFile>);
+    Qcow2::open(Arc::new(file.clone()), data_file, preamble, TableCache::new())
+}
