@@ -3,6 +3,7 @@
 //! Pictures: a cell is a cluster, `--` is nothing. The old backing file is `old`, the new one
 //! `new`, the overlay `cow.qcow2`.
 
+mod equal;
 mod random;
 
 use crate::scratch::Scratch;

@@ -8,12 +8,14 @@ pub mod info;
 mod map;
 mod name;
 mod open;
+mod payload;
 
 use std::sync::Arc;
 
 pub use map::{Map, MapEntry};
 pub use name::{Location, is_inside, resolve};
 pub use open::{Guess, MAX_DEPTH, Opener};
+pub use payload::Payloads;
 
 use crate::error::{Context, Result};
 use crate::file::{HostOffset, Identity};

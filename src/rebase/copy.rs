@@ -8,15 +8,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use super::compare::differences;
-use super::plan::{Plan, Range};
+use super::plan::{Pieces, Plan, Range, Survey};
 use super::{Phase, Progress, Report};
-use crate::chain::Chain;
+use crate::chain::{Chain, Payloads};
 use crate::error::{Context, Error, Result};
 use crate::file::AlignedBuffer;
 use crate::layer::{Content, GuestOffset, Overlay};
 
 /// Bytes that a worker compares at once, or one unit if that is more.
 const PIECE: u64 = 256 << 10;
+/// Ranges of the plan that are kept in memory, in a mebibyte.
+const MAX_REMEMBERED: usize = 64 << 10;
 /// More workers than this fight for memory bandwidth only, and each has two buffers.
 const MAX_WORKERS: usize = 8;
 
@@ -27,7 +29,8 @@ pub(super) fn copy_differences(
     new: &Chain,
     progress: &Progress,
 ) -> Result<Report> {
-    let (equal, open) = Plan::new(overlay, old, new, PIECE).measure().doing(|| "planning".to_owned())?;
+    let plan = Plan::new(overlay, old, new, PIECE);
+    let Survey { equal, open, pieces } = plan.survey(MAX_REMEMBERED).doing(|| "planning".to_owned())?;
     progress.set_total(open);
     progress.enter(Phase::Copy);
     let job = Job {
@@ -35,7 +38,7 @@ pub(super) fn copy_differences(
         old,
         new,
         progress,
-        plan: Mutex::new(Ok(Plan::new(overlay, old, new, PIECE))),
+        pieces: Mutex::new(Ok(pieces)),
         copied: AtomicU64::new(0),
         zeroed: AtomicU64::new(0),
     };
@@ -54,10 +57,18 @@ struct Job<'a> {
     old: &'a Chain,
     new: &'a Chain,
     progress: &'a Progress,
-    /// What is left of the plan, or the first error, which ends the work.
-    plan: Mutex<Result<Plan<'a>, Option<Error>>>,
+    /// What is left to do, or the first error, which ends the work.
+    pieces: Mutex<Result<Pieces<'a>, Option<Error>>>,
     copied: AtomicU64,
     zeroed: AtomicU64,
+}
+
+/// What a worker keeps from piece to piece.
+#[derive(Default)]
+struct Memory {
+    old: AlignedBuffer,
+    new: AlignedBuffer,
+    payloads: Payloads,
 }
 
 impl Job<'_> {
@@ -69,8 +80,8 @@ impl Job<'_> {
             }
             self.work();
         });
-        let mut plan = self.plan.lock().unwrap_or_else(PoisonError::into_inner);
-        match &mut *plan {
+        let mut pieces = self.pieces.lock().unwrap_or_else(PoisonError::into_inner);
+        match &mut *pieces {
             Ok(_) => Ok(()),
             Err(error) => Err(error.take().unwrap_or_else(|| Error::invalid("the rebase failed before"))),
         }
@@ -78,34 +89,67 @@ impl Job<'_> {
 
     /// Takes pieces until there are no more, or until somebody fails.
     fn work(&self) {
-        let mut buffers = Default::default();
+        let mut memory = Memory::default();
         while let Some(range) = self.take() {
-            if let Err(error) = self.look_at(range, &mut buffers) {
+            if let Err(error) = self.look_at(range, &mut memory) {
                 self.fail(error);
             }
         }
     }
 
     fn take(&self) -> Option<Range> {
-        let mut plan = self.plan.lock().unwrap_or_else(PoisonError::into_inner);
-        let Ok(rest) = &mut *plan else { return None };
-        let next = self.progress.stop_if_cancelled().and_then(|()| rest.next_piece());
+        let mut pieces = self.pieces.lock().unwrap_or_else(PoisonError::into_inner);
+        let Ok(rest) = &mut *pieces else { return None };
+        let next = self.progress.stop_if_cancelled().and_then(|()| rest.next());
         next.unwrap_or_else(|error| {
-            *plan = Err(Some(error));
+            *pieces = Err(Some(error));
             None
         })
     }
 
     fn fail(&self, error: Error) {
-        let mut plan = self.plan.lock().unwrap_or_else(PoisonError::into_inner);
-        if plan.is_ok() {
-            *plan = Err(Some(error));
+        let mut pieces = self.pieces.lock().unwrap_or_else(PoisonError::into_inner);
+        if pieces.is_ok() {
+            *pieces = Err(Some(error));
         }
     }
 
-    fn look_at(&self, range: Range, buffers: &mut (AlignedBuffer, AlignedBuffer)) -> Result<()> {
+    fn look_at(&self, range: Range, memory: &mut Memory) -> Result<()> {
+        let looked_at = range.length().min(self.overlay.end() - range.start.0);
+        for range in self.without_equal_payloads(range, &mut memory.payloads)? {
+            self.compare(range, memory)?;
+        }
+        self.progress.advance(looked_at);
+        Ok(())
+    }
+
+    /// The parts of a range that are not known to be equal by their compressed payloads, in whole
+    /// units.
+    fn without_equal_payloads(&self, range: Range, payloads: &mut Payloads) -> Result<Vec<Range>> {
+        let unit = self.overlay.unit();
+        let mut rest: Vec<Range> = Vec::new();
+        let mut at = range.start;
+        while at < range.end {
+            let (is_equal, length) = payloads
+                .are_equal((self.old, self.new), at, range.end - at)
+                .doing(|| "comparing compressed clusters".to_owned())?;
+            let next = at + length;
+            if !is_equal {
+                let start = GuestOffset(at.0 / unit * unit);
+                let end = GuestOffset(next.0.next_multiple_of(unit));
+                match rest.last_mut() {
+                    Some(last) if last.end >= start => last.end = end,
+                    _ => rest.push(Range { start, end }),
+                }
+            }
+            at = next;
+        }
+        Ok(rest)
+    }
+
+    fn compare(&self, range: Range, memory: &mut Memory) -> Result<()> {
         let length = range.length() as usize;
-        let (old, new) = (buffers.0.of_length(length), buffers.1.of_length(length));
+        let (old, new) = (memory.old.of_length(length), memory.new.of_length(length));
         self.read(self.old, range, old).doing(|| "reading the old backing file".to_owned())?;
         self.read(self.new, range, new).doing(|| "reading the new backing file".to_owned())?;
         for difference in differences(old, new, self.overlay.unit() as usize) {
@@ -116,7 +160,6 @@ impl Job<'_> {
             };
             self.fill(at, content)?;
         }
-        self.progress.advance(range.length().min(self.overlay.end() - range.start.0));
         Ok(())
     }
 

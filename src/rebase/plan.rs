@@ -3,6 +3,8 @@
 //! A range needs a look where some view of the overlay falls through to the backing file, unless
 //! the old and the new chain lead to the same bytes there. Reads no guest data.
 
+use std::collections::VecDeque;
+
 use crate::chain::{Chain, Source};
 use crate::error::Result;
 use crate::layer::{Detail, GuestOffset, Overlay};
@@ -32,6 +34,7 @@ enum Verdict {
 }
 
 /// Walks the disk once and says what needs a look, in pieces.
+#[derive(Clone)]
 pub(super) struct Plan<'a> {
     overlay: &'a dyn Overlay,
     old: Sources<'a>,
@@ -59,14 +62,24 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// Walks to the end: how many missing bytes are equal by metadata, and how many bytes need a
-    /// look.
-    pub fn measure(mut self) -> Result<(u64, u64)> {
-        let (mut open, end) = (0, self.overlay.end());
-        while let Some(range) = self.next_piece()? {
+    /// Walks to the end: how much needs a look, and how much does not. Remembers so many ranges;
+    /// what more there is, is found again when it is its turn.
+    pub fn survey(mut self, remembered: usize) -> Result<Survey<'a>> {
+        let mut known: VecDeque<Range> = VecDeque::new();
+        let (mut open, mut rest, end) = (0, None, self.overlay.end());
+        loop {
+            let before = self.clone();
+            let Some(range) = self.next_piece()? else { break };
             open += range.end.0.min(end) - range.start.0;
+            let is_full = known.len() == remembered;
+            match known.back_mut() {
+                _ if rest.is_some() => {}
+                Some(last) if last.end == range.start => last.end = range.end,
+                _ if is_full => rest = Some(before),
+                _ => known.push_back(range),
+            }
         }
-        Ok((self.equal, open))
+        Ok(Survey { equal: self.equal, open, pieces: Pieces { known, rest, size: self.piece } })
     }
 
     /// The next range that needs a look.
@@ -74,7 +87,7 @@ impl<'a> Plan<'a> {
         let unit = self.overlay.unit();
         let mut found: Option<Range> = None;
         while self.at.0 < self.overlay.end() {
-            let limit = found.map_or(u64::MAX, |range| self.boundary_behind(range.start));
+            let limit = found.map_or(u64::MAX, |range| boundary_behind(range.start, self.piece));
             if self.at.0 >= limit {
                 break;
             }
@@ -93,16 +106,12 @@ impl<'a> Plan<'a> {
             };
             // What was equal before it in that unit is looked at as well.
             self.equal = self.equal.saturating_sub(self.at - range.end.max(start));
-            let end = (self.at.0 + length).next_multiple_of(unit).min(self.boundary_behind(range.start));
+            let end =
+                (self.at.0 + length).next_multiple_of(unit).min(boundary_behind(range.start, self.piece));
             found = Some(Range { end: GuestOffset(end), ..range });
             self.at = GuestOffset(end);
         }
         Ok(found)
-    }
-
-    /// Pieces end at multiples of their size, so that two of them seldom share a cluster.
-    fn boundary_behind(&self, start: GuestOffset) -> u64 {
-        (start.0 / self.piece + 1) * self.piece
     }
 
     /// What metadata says of the bytes at `at`, and for how many of them.
@@ -115,17 +124,72 @@ impl<'a> Plan<'a> {
             }
             self.missing_end = self.at + run.length;
         }
-        let rest = self.missing_end - self.at;
-        let (old, length) = self.old.at(self.at, rest)?;
-        let (new, length) = self.new.at(self.at, length)?;
-        Ok((if old == new { Verdict::Equal } else { Verdict::Open }, length))
+        let mut length = self.missing_end - self.at;
+        // The cheap question first: where it is answered, nobody asks the file system.
+        for detail in [Detail::Owner, Detail::Holes] {
+            let old = self.old.at(self.at, length, detail)?;
+            let new = self.new.at(self.at, old.1, detail)?;
+            length = new.1;
+            if old.0 == new.0 {
+                return Ok((Verdict::Equal, length));
+            }
+        }
+        Ok((Verdict::Open, length))
     }
 }
 
-/// Asks a chain where bytes come from, and remembers the last answer: it may reach far, and the
+/// What the first walk found, in bytes of guest address space that the overlay does not hold.
+pub(super) struct Survey<'a> {
+    /// Equal by metadata.
+    pub equal: u64,
+    /// Needs a look.
+    pub open: u64,
+    /// Where that is.
+    pub pieces: Pieces<'a>,
+}
+
+/// What needs a look, handed out in pieces.
+pub(super) struct Pieces<'a> {
+    /// As far as it was remembered, neighbours joined.
+    known: VecDeque<Range>,
+    /// The walk to what was not.
+    rest: Option<Plan<'a>>,
+    /// The longest piece in bytes.
+    size: u64,
+}
+
+impl Pieces<'_> {
+    /// The next one.
+    pub fn next(&mut self) -> Result<Option<Range>> {
+        let Some(range) = self.known.front_mut() else {
+            return self.rest.as_mut().map_or(Ok(None), Plan::next_piece);
+        };
+        let end = GuestOffset(boundary_behind(range.start, self.size).min(range.end.0));
+        let piece = Range { end, ..*range };
+        range.start = end;
+        if range.start == range.end {
+            self.known.pop_front();
+        }
+        Ok(Some(piece))
+    }
+}
+
+/// Pieces end at multiples of their size, so that two of them seldom share a cluster.
+fn boundary_behind(start: GuestOffset, piece: u64) -> u64 {
+    (start.0 / piece + 1) * piece
+}
+
+/// Asks a chain where bytes come from, and remembers the last answers: they may reach far, and the
 /// other chain may answer in small steps.
+#[derive(Clone)]
 struct Sources<'a> {
     chain: &'a Chain,
+    owner: Answer,
+    holes: Answer,
+}
+
+#[derive(Clone, Copy)]
+struct Answer {
     source: Source,
     start: GuestOffset,
     end: GuestOffset,
@@ -133,14 +197,65 @@ struct Sources<'a> {
 
 impl<'a> Sources<'a> {
     fn new(chain: &'a Chain) -> Self {
-        Self { chain, source: Source::Zero, start: GuestOffset(0), end: GuestOffset(0) }
+        let none = Answer { source: Source::Zero, start: GuestOffset(0), end: GuestOffset(0) };
+        Self { chain, owner: none, holes: none }
     }
 
-    fn at(&mut self, at: GuestOffset, length: u64) -> Result<(Source, u64)> {
-        if at < self.start || at >= self.end {
-            let (source, length) = self.chain.source_at(at, length, Detail::Holes)?;
-            (self.source, self.start, self.end) = (source, at, at + length);
+    fn at(&mut self, at: GuestOffset, length: u64, detail: Detail) -> Result<(Source, u64)> {
+        let last = match detail {
+            Detail::Owner => &mut self.owner,
+            Detail::Holes => &mut self.holes,
+        };
+        if at < last.start || at >= last.end {
+            let (source, length) = self.chain.source_at(at, length, detail)?;
+            *last = Answer { source, start: at, end: at + length };
         }
-        Ok((self.source.advanced(at - self.start), length.min(self.end - at)))
+        Ok((last.source.advanced(at - last.start), length.min(last.end - at)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+    use std::path::Path;
+
+    use super::*;
+    use crate::chain::Opener;
+    use crate::file::{Access, LocalFile};
+    use crate::layer::qcow2::Writer;
+    use crate::layer::qcow2::create::{Spec, create};
+
+    const CLUSTER: u64 = 64 << 10;
+
+    /// The chain of a raw file with data in these clusters and holes elsewhere.
+    fn raw(path: &Path, clusters: &[u64]) -> Chain {
+        let file = std::fs::File::create(path).unwrap();
+        file.set_len(32 * CLUSTER).unwrap();
+        for cluster in clusters {
+            file.write_all_at(&vec![1; CLUSTER as usize], cluster * CLUSTER).unwrap();
+        }
+        Opener::new().chain(path, None, Access::ReadOnly).unwrap()
+    }
+
+    #[test]
+    fn pieces_are_the_same_however_few_of_them_are_remembered() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("cow");
+        let spec = Spec { size: 32 * CLUSTER, ..Spec::default() };
+        create(&LocalFile::create(&path).unwrap(), None, &spec).unwrap();
+        let image = Opener::new().layer(&path, None, Access::ReadWrite).unwrap();
+        let overlay = Writer::open(image.as_qcow2().unwrap()).unwrap();
+        let old = raw(&directory.path().join("old"), &[1, 2, 3, 4, 5, 9, 30, 31]);
+        let new = raw(&directory.path().join("new"), &[4, 12, 13, 14, 16]);
+        let bytes = |piece: Range| (piece.start.0 / CLUSTER, piece.end.0 / CLUSTER);
+        // Clusters of data in both are open, too; a piece ends at a multiple of four clusters.
+        let expected = vec![(1, 4), (4, 6), (9, 10), (12, 15), (16, 17), (30, 32)];
+        for remembered in [0, 1, 2, 3, 100] {
+            let plan = Plan::new(&overlay, &old, &new, 4 * CLUSTER);
+            let Survey { equal, open, mut pieces } = plan.survey(remembered).unwrap();
+            assert_eq!((equal, open), (20 * CLUSTER, 12 * CLUSTER));
+            let found: Vec<_> = std::iter::from_fn(|| pieces.next().unwrap()).map(bytes).collect();
+            assert_eq!(found, expected, "{remembered} remembered");
+        }
     }
 }
