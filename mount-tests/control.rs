@@ -1,5 +1,7 @@
 //! Control files: what a write to `ctl/backing` does, how it fails, and who may stop it.
 
+mod rebase;
+
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};

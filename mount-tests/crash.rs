@@ -79,7 +79,7 @@ impl Case {
         let chain = self.chain_below(file).under(Arc::new(open(file)));
         let opener = Opener::new().force_share();
         let (chain, _) = rebase(&chain, &opener, &self.request, &Progress::default())?;
-        reclaim(&chain, &opener, &Progress::default(), drop).map(drop)
+        reclaim(&chain, &opener, &Progress::default(), |_| Ok(())).map(drop)
     }
 
     /// The chain that the header in `file` names.

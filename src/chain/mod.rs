@@ -17,7 +17,7 @@ pub use name::{Location, is_inside, resolve};
 pub use open::{Guess, MAX_DEPTH, Opener};
 pub use payload::Payloads;
 
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::file::{HostOffset, Identity};
 use crate::layer::{Detail, Extent, ExtentKind, GuestOffset, Layer};
 
@@ -25,6 +25,8 @@ use crate::layer::{Detail, Extent, ExtentKind, GuestOffset, Layer};
 #[derive(Clone, Debug, Default)]
 pub struct Chain {
     layers: Arc<[Arc<dyn Layer>]>,
+    /// Why what the last layer stands on is not among them.
+    unopened: Option<Arc<str>>,
 }
 
 /// Where a run of guest bytes comes from: which layer, and what that layer says.
@@ -65,7 +67,19 @@ impl Source {
 impl Chain {
     /// The chain of these layers, top first.
     pub fn new(layers: impl Into<Arc<[Arc<dyn Layer>]>>) -> Self {
-        Self { layers: layers.into() }
+        Self { layers: layers.into(), unopened: None }
+    }
+
+    /// No layers, in the place of a chain that could not be opened: what is read from it, and from
+    /// a chain that stands on it, is an error and not zeros.
+    #[must_use]
+    pub fn unopened(why: &Error) -> Self {
+        Self { unopened: Some(why.to_string().into()), ..Self::default() }
+    }
+
+    /// Why what the last layer stands on could not be opened, if so.
+    pub fn broken_off(&self) -> Option<&str> {
+        self.unopened.as_deref()
     }
 
     /// The layers, top first.
@@ -81,13 +95,14 @@ impl Chain {
     /// The chain below the layer at `depth`.
     #[must_use]
     pub fn below(&self, depth: usize) -> Self {
-        Self::new(self.layers.get(depth + 1..).unwrap_or_default())
+        Self { layers: self.layers.get(depth + 1..).unwrap_or_default().into(), ..self.clone() }
     }
 
-    /// This chain with `layer` in the place of its top.
+    /// This chain with `layer` on top of it.
     #[must_use]
     pub fn under(&self, layer: Arc<dyn Layer>) -> Self {
-        Self::new(std::iter::once(layer).chain(self.layers.iter().cloned()).collect::<Vec<_>>())
+        let layers = std::iter::once(layer).chain(self.layers.iter().cloned()).collect::<Vec<_>>();
+        Self { layers: layers.into(), ..self.clone() }
     }
 
     /// Virtual size of the top layer in bytes, 0 without layers.
@@ -115,8 +130,10 @@ impl Chain {
             }
             length = extent.length;
         }
-        let extent = Extent { kind: ExtentKind::NotMine, length };
-        Ok(Owned { depth: None, extent })
+        match &self.unopened {
+            None => Ok(Owned { depth: None, extent: Extent { kind: ExtentKind::NotMine, length } }),
+            Some(why) => Err(Error::new(ErrorKind::NotFound, format!("the chain is broken off: {why}"))),
+        }
     }
 
     /// The same question, answered such that equal answers mean equal bytes.

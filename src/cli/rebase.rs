@@ -6,7 +6,6 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
 use clap::Args;
-use serde_json::json;
 
 use super::options::{Opening, Output, Refused};
 use super::{print, size};
@@ -69,7 +68,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
         false => {
             let (chain, mut report) = rebase(&chain, &opener, &request, &progress)?;
             if options.reclaim {
-                let reclaimed = reclaim(&chain, &opener, &progress, drop);
+                let reclaimed = reclaim(&chain, &opener, &progress, |_| Ok(()));
                 report.reclaimed = reclaimed.doing(|| "reclaiming space after the rebase".to_owned())?;
             }
             Ok(Rehearsal { report, ..Rehearsal::default() })
@@ -87,7 +86,10 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
 
 fn print_result(arguments: &Arguments, done: &Rehearsal) -> Result<()> {
     match arguments.output {
-        Output::Json => print::print_json(&as_json(arguments, done)),
+        Output::Json => print::print_json(&match arguments.options.dry_run {
+            true => done.as_json(&arguments.image),
+            false => done.report.as_json(&arguments.image),
+        }),
         Output::Human => {
             let kind = |range: &Copied| if range.is_zero { "zero" } else { "copy" };
             let line = |range: &Copied| format!("{} {:#x} {:#x}\n", kind(range), range.start, range.length);
@@ -96,26 +98,6 @@ fn print_result(arguments: &Arguments, done: &Rehearsal) -> Result<()> {
             )
         }
     }
-}
-
-fn as_json(arguments: &Arguments, done: &Rehearsal) -> serde_json::Value {
-    let Report { missing, equal, compared, copied, zeroed, reclaimed } = done.report;
-    let range =
-        |range: &Copied| json!({"start": range.start.0, "length": range.length, "zero": range.is_zero});
-    let mut object = json!({
-        "filename": arguments.image.to_string_lossy(),
-        "dry-run": arguments.options.dry_run,
-        "missing": missing,
-        "equal": equal,
-        "compared": compared,
-        "copied": copied,
-        "zeroed": zeroed,
-        "reclaimed": reclaimed,
-    });
-    if arguments.options.dry_run {
-        object["ranges"] = done.ranges.iter().map(range).collect();
-    }
-    object
 }
 
 /// One line on what happened.

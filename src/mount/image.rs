@@ -3,18 +3,21 @@
 //! Holds the chain of the moment; readers take a snapshot of it and hold no lock while they do
 //! I/O. Knows nothing of inodes and of rebasing.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
 use std::thread;
 use std::time::Duration;
 
 use crate::chain::Chain;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::layer::{Detail, ExtentKind, GuestOffset};
 
 /// Who asks for the block count waits so long; a count that takes longer is given with the next
 /// answer.
 const PATIENCE: Duration = Duration::from_secs(2);
+
+/// How long readers of a chain that is gone are waited for when somebody wants to stop.
+const GRACE: Duration = Duration::from_millis(300);
 
 /// The guest-visible bytes of a chain that can be exchanged for another with the same bytes.
 #[derive(Debug)]
@@ -63,15 +66,39 @@ impl Image {
         self.snapshot().chain.clone()
     }
 
-    /// Lets all who read from now on read from `chain`, which holds the same bytes.
+    /// Lets all who read from now on read from `chain`.
     pub(super) fn replace(&self, chain: Chain) {
+        // Closes the files of the old chain, if nobody reads it any more; not under the lock.
+        drop(self.exchange(chain));
+    }
+
+    /// The same, and returns when nobody reads from the chain before it any more (invariant I4): an
+    /// error, if that takes longer than whoever wants to `stop` can wait.
+    pub(super) fn supersede(&self, chain: Chain, stop: impl Fn() -> bool) -> Result<()> {
+        let previous = self.exchange(chain);
+        let mut left = GRACE.as_millis();
+        // Nobody finds it any more: their number can only fall.
+        while Arc::strong_count(&previous) > 1 {
+            left -= u128::from(stop());
+            if left == 0 {
+                let what = "somebody still reads by the tables before: the space is not freed, but leaked";
+                let hint = "`rebasefs check -r leaks` frees it when the image is not mounted";
+                return Err(Error::new(ErrorKind::Cancelled, what).hint(hint));
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        // What they have read is read: no load of theirs comes after what follows here.
+        fence(Ordering::Acquire);
+        Ok(())
+    }
+
+    fn exchange(&self, chain: Chain) -> Arc<Snapshot> {
         let next = Arc::new(Snapshot::new(chain));
         let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
         let previous = std::mem::replace(&mut *current, next);
         drop(current);
         previous.is_replaced.store(true, Ordering::Relaxed);
-        // Closes the files of the old chain, if nobody reads it any more; not under the lock.
-        drop(previous);
+        previous
     }
 
     /// Virtual size in bytes.
@@ -246,5 +273,25 @@ mod tests {
         assert_eq!(image.allocated(), Allocated::Exactly(256 << 10));
         image.replace(Chain::default());
         assert_eq!((image.size(), image.allocated()), (0, Allocated::Exactly(0)));
+    }
+
+    #[test]
+    fn a_chain_is_superseded_when_its_last_reader_has_gone() {
+        let (_dir, image) = image();
+        let reader = image.snapshot();
+        let error = image.supersede(Chain::default(), || true).unwrap_err();
+        assert!(error.to_string().contains("still reads"), "{error}");
+        drop(reader);
+        let reader = image.snapshot();
+        let has_gone = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                thread::sleep(Duration::from_millis(20));
+                has_gone.store(true, Ordering::Relaxed);
+                drop(reader);
+            });
+            image.supersede(Chain::default(), || false).unwrap();
+            assert!(has_gone.load(Ordering::Relaxed));
+        });
     }
 }

@@ -13,7 +13,7 @@ use std::time::Duration;
 use fuser::{Config, INodeNo, Notifier, Session, SessionUnmounter};
 
 use super::adapter::Adapter;
-use super::control::Control;
+use super::control::{Bytes, Control};
 use super::tree::Inode;
 use super::view::View;
 use crate::chain::Opener;
@@ -66,7 +66,7 @@ pub(super) fn mount(
     let device = std::fs::metadata(&mountpoint)
         .map_err(|e| Error::io(e, "cannot stat the mount").path(&mountpoint))?;
     read_ahead(device.dev());
-    control.start(opener.forbid_device(device.dev()), move || forget_attributes(&notifier));
+    control.start(opener.forbid_device(device.dev()), move |bytes| forget(&notifier, bytes));
     Ok(Mounted { mountpoint, control, unmounter, ends })
 }
 
@@ -115,10 +115,16 @@ fn start(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
     thread.map(drop).map_err(|e| Error::io(e, "cannot start a thread"))
 }
 
-/// The data of the disk stay what they are, but where its holes are can change.
-fn forget_attributes(notifier: &Notifier) {
-    let (attributes_only, nothing) = (-1, 0);
-    if let Err(e) = notifier.inval_inode(INodeNo(Inode::DISK.0), attributes_only, nothing) {
+/// Where the holes of the disk are can change whenever it has another chain; the kernel drops the
+/// data too if they are others. Not to be called by a thread that serves: the kernel waits for
+/// pages that are being read.
+fn forget(notifier: &Notifier, bytes: Bytes) {
+    let (attributes_only, from_the_beginning, to_the_end) = (-1, 0, 0);
+    let offset = match bytes {
+        Bytes::Same => attributes_only,
+        Bytes::Others => from_the_beginning,
+    };
+    if let Err(e) = notifier.inval_inode(INodeNo(Inode::DISK.0), offset, to_the_end) {
         log::debug!("the kernel does not know disk.raw: {e}");
     }
 }

@@ -26,12 +26,13 @@ pub(super) enum ControlFile {
     Backing,
     Cancel,
     Chain,
+    Rebase,
     Status,
 }
 
 impl ControlFile {
     pub(super) fn is_writable(self) -> bool {
-        matches!(self, Self::Backing | Self::Cancel)
+        matches!(self, Self::Backing | Self::Cancel | Self::Rebase)
     }
 
     pub(super) fn is_readable(self) -> bool {
@@ -77,6 +78,7 @@ impl Tree {
             ("backing", ControlFile::Backing),
             ("cancel", ControlFile::Cancel),
             ("chain", ControlFile::Chain),
+            ("rebase", ControlFile::Rebase),
             ("status", ControlFile::Status),
         ] {
             tree.add(control, name, Node::Control(file));

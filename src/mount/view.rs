@@ -135,16 +135,22 @@ impl View {
 
     fn attributes_of_control(&self, inode: Inode, file: ControlFile) -> Attributes {
         let readable = if file.is_readable() { 0o444 } else { 0 };
-        let is_writable = file.is_writable() && self.control.is_writable();
-        let size = if file.is_writable() { PAGE } else { 0 };
+        // A dry run needs no image that can be written.
+        let is_writable = file.is_writable() && (self.control.is_writable() || file == ControlFile::Rebase);
+        let (size, valid) = match file {
+            // `cat` into a file lets the kernel copy, and that copies no more than the size.
+            ControlFile::Rebase => (self.control.rehearsed_bytes().max(PAGE), Duration::ZERO),
+            _ if file.is_writable() => (PAGE, FOREVER),
+            _ => (0, FOREVER),
+        };
         Attributes {
             inode,
             is_directory: false,
             size,
-            blocks: size / 512,
+            blocks: size.div_ceil(512),
             permissions: readable | if is_writable { 0o200 } else { 0 },
             links: 1,
-            valid: FOREVER,
+            valid,
             // The name leads to another incarnation as soon as a job runs.
             name_valid: Duration::ZERO,
         }
@@ -270,7 +276,7 @@ mod tests {
         let chain = Opener::new().chain(&path, None, Access::ReadWrite).unwrap();
         let image = Arc::new(Image::new(chain));
         let control = Arc::new(Control::new(image.clone(), None));
-        control.start(Opener::new(), || {});
+        control.start(Opener::new(), |_| {});
         View::new(image, control, Ownership { user: 1, group: 2, modified: SystemTime::UNIX_EPOCH })
     }
 

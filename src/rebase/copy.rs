@@ -175,6 +175,7 @@ impl Job<'_> {
     fn fill(&self, at: GuestOffset, content: Content<'_>) -> Result<()> {
         let filled = self.overlay.fill(at, content);
         let filled = filled.doing(|| format!("copying guest offset {at:#x} into the overlay"))?;
+        self.progress.keep(filled.copied + filled.zeroed);
         self.copied.fetch_add(filled.copied, Ordering::Relaxed);
         self.zeroed.fetch_add(filled.zeroed, Ordering::Relaxed);
         Ok(())

@@ -12,6 +12,7 @@
 
 mod compare;
 mod copy;
+mod figures;
 mod options;
 mod plan;
 mod progress;
@@ -137,7 +138,7 @@ fn qcow2_of(top: &Arc<dyn Layer>) -> Result<&Qcow2> {
 struct Target {
     /// As it goes into the header, with its format.
     backing: Option<Reference>,
-    /// Opened; in [`Mode::Unsafe`] empty where it could not be.
+    /// Opened; in [`Mode::Unsafe`] without layers where it could not be.
     chain: Chain,
 }
 
@@ -152,7 +153,7 @@ impl Target {
             // It may not be there yet, or not be ours to read: all that is asked for is its name.
             (Err(error), Mode::Unsafe) if error.kind() != ErrorKind::Loop && backing.format.is_some() => {
                 log::warn!("{error}: its name is recorded all the same, nothing could be verified");
-                Chain::default()
+                Chain::unopened(&error)
             }
             (Err(error), _) => return Err(error),
         };

@@ -59,6 +59,7 @@ pub struct Progress {
     phase: AtomicU8,
     total: AtomicU64,
     done: AtomicU64,
+    kept: AtomicU64,
     is_cancelled: AtomicBool,
 }
 
@@ -76,6 +77,12 @@ impl Progress {
     /// Guest bytes of these that have been dealt with.
     pub fn done(&self) -> u64 {
         self.done.load(Ordering::Relaxed)
+    }
+
+    /// Guest bytes that the overlay holds by itself by now and did not before: a rebase that is stopped
+    /// and started again does not copy them again.
+    pub fn kept(&self) -> u64 {
+        self.kept.load(Ordering::Relaxed)
     }
 
     /// Asks the engine to stop at the next opportunity. After the header swap it has no effect.
@@ -100,14 +107,24 @@ impl Progress {
         self.done.fetch_add(bytes, Ordering::Relaxed);
     }
 
+    pub(super) fn keep(&self, bytes: u64) {
+        self.kept.fetch_add(bytes, Ordering::Relaxed);
+    }
+
     pub(super) fn stop_if_cancelled(&self) -> Result<()> {
         if !self.is_cancelled() {
             return Ok(());
         }
-        let error = Error::new(
-            ErrorKind::Cancelled,
-            "the rebase was stopped; the image still stands on its old backing file",
-        );
-        Err(error.hint("start it again: what was copied already is not copied twice"))
+        let (what, hint) = match self.phase() {
+            Phase::Reclaim => (
+                "reclaiming was stopped; the image stands on its new backing file",
+                "start it again: what was dropped already is dropped",
+            ),
+            _ => (
+                "the rebase was stopped; the image still stands on its old backing file",
+                "start it again: what was copied already is not copied twice",
+            ),
+        };
+        Err(Error::new(ErrorKind::Cancelled, what).hint(hint))
     }
 }

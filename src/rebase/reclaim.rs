@@ -17,12 +17,13 @@ const PIECE: u64 = 256 << 10;
 /// snapshot shares stays. Returns how many guest bytes were dropped.
 ///
 /// `publish` is called once with the same chain and fresh tables, when the old ones lead to clusters
-/// that are about to be freed: it returns when nobody reads `chain` any more (invariant I4).
+/// that are about to be freed: it returns when nobody reads `chain` any more (invariant I4), or an
+/// error if it cannot wait for that. Then they are not freed, but leaked.
 pub fn reclaim(
     chain: &Chain,
     opener: &Opener,
     progress: &Progress,
-    publish: impl FnOnce(Chain),
+    publish: impl FnOnce(Chain) -> Result<()>,
 ) -> Result<u64> {
     let top = chain.top().ok_or_else(|| Error::invalid("there is no image to reclaim space from"))?;
     let _lock = WriteLock::take(top, opener)?;
@@ -35,7 +36,7 @@ pub fn reclaim(
     let dropped = Walk { overlay: &writer, own: &own, below: &below, progress }.drop_equal();
     // What was dropped before an error is dropped all the same.
     writer.commit()?;
-    publish(below.under(Arc::new(image.reopen()?)));
+    publish(below.under(Arc::new(image.reopen()?)))?;
     writer.free_forgotten().doing(|| "freeing clusters".to_owned())?;
     progress.enter(Phase::Done);
     dropped

@@ -34,9 +34,10 @@ pub struct Rehearsal {
 /// overlay may be open for reading only. Refuses what the rebase would refuse.
 pub fn rehearse(chain: &Chain, opener: &Opener, request: &Request, progress: &Progress) -> Result<Rehearsal> {
     let top = chain.top().ok_or_else(|| Error::invalid("there is no image to rebase"))?;
-    let image = super::qcow2_of(top)?;
+    // As it is now: an earlier rebase of this chain that was stopped has written to it.
+    let image = super::qcow2_of(top)?.reopen()?;
     let target = Target::open(top, opener, request)?;
-    let writer = Writer::open(image)?;
+    let writer = Writer::open(&image)?;
     writer.check_backing(target.backing.as_ref())?;
     writer.check_tables()?;
     let notes = Notes { overlay: &writer, ranges: Mutex::default() };

@@ -2,10 +2,11 @@
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
+use std::path::Path;
 
+use super::words;
 use crate::error::{Error, Result};
-use crate::layer::Reference;
-use crate::rebase::{Mode, Request};
+use crate::rebase::{Mode, Options, Request};
 
 /// No command is longer, in bytes. A backing file name has at most 1023.
 const MAX_LENGTH: usize = 4096;
@@ -45,19 +46,61 @@ impl Line {
     }
 }
 
-/// What a line in `ctl/backing` asks for: a safe rebase onto the file that it names, an empty
-/// one a flattening. Spaces belong to the name.
-pub(super) fn backing(line: Vec<u8>) -> Result<Request> {
+/// A job that somebody asks for.
+#[derive(Clone, Debug)]
+pub(super) struct Command {
+    pub(super) options: Options,
+    pub(super) request: Request,
+}
+
+impl Command {
+    /// What a line in `ctl/backing` asks for: a safe rebase onto the file that it names, an empty
+    /// one a flattening. Spaces belong to the name.
+    pub(super) fn backing(line: Vec<u8>) -> Result<Self> {
+        refuse_stray_bytes(&line, "the name")?;
+        Self::new(Options::onto(OsString::from_vec(line)))
+    }
+
+    /// What a line in `ctl/rebase` asks for: the options of `rebasefs rebase`, as a shell splits
+    /// them.
+    pub(super) fn rebase(line: &[u8]) -> Result<Self> {
+        refuse_stray_bytes(line, "the line")?;
+        Self::new(words::options(line)?)
+    }
+
+    fn new(options: Options) -> Result<Self> {
+        Ok(Self { request: options.request()?, options })
+    }
+
+    /// Whether it lets guests see other bytes.
+    pub(super) fn changes_bytes(&self) -> bool {
+        self.request.mode == Mode::Unsafe
+    }
+
+    /// In words that can be read in a sentence.
+    pub(super) fn in_words(&self) -> String {
+        let kind = match (self.options.dry_run, self.request.mode) {
+            (true, _) => "dry run: ",
+            (false, Mode::Unsafe) => "unsafe: ",
+            (false, Mode::Safe) => "",
+        };
+        match &self.request.backing {
+            Some(backing) => format!("{kind}rebase onto '{}'", Path::new(&backing.name).display()),
+            None if self.changes_bytes() => format!("{kind}remove the backing file"),
+            None => format!("{kind}flatten"),
+        }
+    }
+}
+
+fn refuse_stray_bytes(line: &[u8], what: &str) -> Result<()> {
     if line.contains(&0) {
-        return Err(Error::invalid("the name contains a NUL byte"));
+        return Err(Error::invalid(format!("{what} contains a NUL byte")));
     }
     if line.last() == Some(&b'\r') {
-        return Err(Error::invalid("the name ends with a carriage return")
+        return Err(Error::invalid(format!("{what} ends with a carriage return"))
             .hint("was the line written with the line ends of Windows? end it with a newline alone"));
     }
-    let name = OsString::from_vec(line);
-    let backing = (!name.is_empty()).then_some(Reference { name, format: None });
-    Ok(Request { backing, mode: Mode::Safe, verify: false })
+    Ok(())
 }
 
 #[cfg(test)]
@@ -65,7 +108,8 @@ mod tests {
     use super::*;
 
     fn named(line: &[u8]) -> Option<OsString> {
-        backing(line.to_vec()).unwrap().backing.map(|reference| reference.name)
+        let command = Command::backing(line.to_vec()).unwrap();
+        command.request.backing.map(|reference| reference.name)
     }
 
     #[test]
@@ -99,8 +143,18 @@ mod tests {
         assert_eq!(named(b"  a b "), Some("  a b ".into()));
         assert_eq!(named("ä.img".as_bytes()), Some("ä.img".into()));
         assert_eq!(named(b"\xff"), Some(OsString::from_vec(vec![0xff])));
-        assert!(backing(b"a\0b".to_vec()).unwrap_err().to_string().contains("NUL"));
-        assert!(backing(b"a\r".to_vec()).unwrap_err().to_string().contains("line ends of Windows"));
+        assert!(Command::backing(b"a\0b".to_vec()).unwrap_err().to_string().contains("NUL"));
+        assert!(Command::backing(b"a\r".to_vec()).unwrap_err().to_string().contains("line ends of Windows"));
+    }
+
+    #[test]
+    fn a_command_reads_well_in_a_sentence() {
+        let words = |line: &[u8]| Command::rebase(line).unwrap().in_words();
+        assert_eq!(Command::backing(b"a b".to_vec()).unwrap().in_words(), "rebase onto 'a b'");
+        assert_eq!(words(b"--dry-run -b x"), "dry run: rebase onto 'x'");
+        assert_eq!(words(b"-u -F raw -b 'a b'"), "unsafe: rebase onto 'a b'");
+        assert_eq!(words(b"-b ''"), "flatten");
+        assert_eq!(words(b"-u -b ''"), "unsafe: remove the backing file");
     }
 
     #[test]

@@ -1,23 +1,24 @@
 //! One rebase on a worker thread: start it or say why not, watch its writer, record what came of
 //! it, answer.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
 use std::time::Duration;
 
-use super::{Answer, Control, Outcome, Running, State, Writer, report};
-use crate::chain::Chain;
-use crate::error::{Error, ErrorKind, Result};
-use crate::rebase::{Progress, Report, Request, rebase};
+use super::{Answer, Bytes, Command, Control, Outcome, Running, State, Writer};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::file::CacheMode;
+use crate::rebase::{Progress, Rehearsal, Report, rebase, reclaim, rehearse};
 
 /// How often to look whether the writer wants to stop.
 const WATCH: Duration = Duration::from_millis(100);
 
 impl Control {
     /// Starts the job that was asked for, or answers why not.
-    pub(super) fn submit(self: &Arc<Self>, request: Result<Request>, writer: Writer, answer: Answer) {
+    pub(super) fn submit(self: &Arc<Self>, command: Result<Command>, writer: Writer, answer: Answer) {
         let mut state = self.state();
         if let Err(error) = admit(&state) {
             let errno = error.errno();
@@ -26,31 +27,32 @@ impl Control {
             return answer(Err(errno));
         }
         state.refused = None;
-        let refused = match request.and_then(|request| self.refuse_read_only().map(|()| request)) {
-            Ok(request) => return self.start_job(&mut state, request, writer, answer),
+        let refused = match command.and_then(|command| self.refuse_read_only(&command).map(|()| command)) {
+            Ok(command) => return self.start_job(&mut state, command, writer, answer),
             Err(error) => error,
         };
         let errno = refused.errno();
-        state.last = Some(Outcome { request: None, result: Err(refused) });
+        state.last = Some(Outcome { asked: None, result: Err(refused) });
         drop(state);
         answer(Err(errno));
     }
 
-    fn refuse_read_only(&self) -> Result<()> {
+    fn refuse_read_only(&self, command: &Command) -> Result<()> {
         match &self.read_only {
             None => Ok(()),
+            Some(_) if command.options.dry_run => Ok(()),
             Some(why) => {
                 Err(Error::new(why.kind(), format!("the image could be opened for reading only: {why}")))
             }
         }
     }
 
-    fn start_job(self: &Arc<Self>, state: &mut State, request: Request, writer: Writer, answer: Answer) {
-        let running = Arc::new(Running { request, progress: Progress::default() });
+    fn start_job(self: &Arc<Self>, state: &mut State, command: Command, writer: Writer, answer: Answer) {
+        let running = Arc::new(Running { command, progress: Progress::default() });
         let (control, job) = (self.clone(), running.clone());
         let work = move || {
             let result = control.watch(&job, writer);
-            answer(control.record(&job.request, result));
+            answer(control.record(job, result));
         };
         match thread::Builder::new().name("rebase".into()).spawn(work) {
             Ok(worker) => {
@@ -61,13 +63,13 @@ impl Control {
             Err(e) => {
                 // The answer has gone with the closure; fuser gives EIO in its place.
                 let result = Err(Error::io(e, "cannot start a thread"));
-                state.last = Some(Outcome { request: Some(running.request.clone()), result });
+                state.last = Some(Outcome { asked: Some(running), result });
             }
         }
     }
 
     /// Runs a rebase, and stops it when its writer wants to stop.
-    fn watch(&self, job: &Running, writer: Writer) -> Result<(Chain, Report)> {
+    fn watch(&self, job: &Running, writer: Writer) -> Result<Report> {
         thread::scope(|scope| {
             let (sender, receiver) = channel();
             scope.spawn(move || sender.send(self.run(job)));
@@ -84,29 +86,47 @@ impl Control {
         })
     }
 
-    fn run(&self, job: &Running) -> Result<(Chain, Report)> {
+    fn run(&self, job: &Running) -> Result<Report> {
         let not_yet = || Error::new(ErrorKind::Busy, "the mount is not ready yet");
         let mounted = self.mounted.get().ok_or_else(not_yet)?;
+        let Running { command: Command { options, request }, progress } = job;
         // A new one for each job: it would keep the files of old chains open.
-        let opener = mounted.opener.renewed();
-        rebase(&self.image.chain(), &opener, &job.request, &job.progress)
+        let opener = mounted.opener.renewed().caching(CacheMode::default(), options.backing_cache);
+        if options.dry_run {
+            let found = rehearse(&self.image.chain(), &opener, request, progress)?;
+            return Ok(self.show(&found));
+        }
+        let (chain, mut report) = rebase(&self.image.chain(), &opener, request, progress)?;
+        self.image.replace(chain.clone());
+        (mounted.replaced)(if job.command.changes_bytes() { Bytes::Others } else { Bytes::Same });
+        if options.reclaim {
+            let publish = |chain| self.image.supersede(chain, || progress.is_cancelled());
+            let reclaimed = reclaim(&chain, &opener, progress, publish);
+            (mounted.replaced)(Bytes::Same);
+            report.reclaimed = reclaimed.doing(|| "reclaiming space after the rebase".to_owned())?;
+        }
+        Ok(report)
     }
 
-    /// Shows what came of a job: to readers, in `ctl/status`, and to the writer.
-    fn record(&self, request: &Request, result: Result<(Chain, Report)>) -> Result<(), i32> {
-        let result = result.map(|(chain, report)| {
-            self.image.replace(chain);
-            self.mounted.get().inspect(|mounted| (mounted.replaced)());
-            report
-        });
+    /// Lets `ctl/rebase` read as what a dry run found.
+    fn show(&self, found: &Rehearsal) -> Report {
+        let chain = self.image.chain();
+        let image = chain.top().map_or(Path::new(""), |top| top.file().path());
+        let text = format!("{:#}\n", found.as_json(image));
+        self.state().rehearsed = text.into_bytes().into();
+        found.report
+    }
+
+    /// Notes what came of a job, for `ctl/status` and for the writer.
+    fn record(&self, job: Arc<Running>, result: Result<Report>) -> Result<(), i32> {
         let errno = result.as_ref().map(drop).map_err(Error::errno);
         match &result {
-            Ok(_) => log::info!("{}: done", report::asked_for(request)),
-            Err(e) => log::info!("{}: {e}", report::asked_for(request)),
+            Ok(_) => log::info!("{}: done", job.command.in_words()),
+            Err(e) => log::info!("{}: {e}", job.command.in_words()),
         }
         let mut state = self.state();
         state.running = None;
-        state.last = Some(Outcome { request: Some(request.clone()), result });
+        state.last = Some(Outcome { asked: Some(job), result });
         errno
     }
 }
@@ -119,7 +139,7 @@ fn admit(state: &State) -> Result<()> {
     match &state.running {
         None => Ok(()),
         Some(running) => {
-            let what = format!("busy: {} is under way", report::asked_for(&running.request));
+            let what = format!("busy: {} is under way", running.command.in_words());
             Err(Error::new(ErrorKind::Busy, what).hint("write anything to ctl/cancel to stop it"))
         }
     }

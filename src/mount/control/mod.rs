@@ -6,6 +6,7 @@
 mod command;
 mod job;
 mod report;
+mod words;
 mod writer;
 
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -16,8 +17,8 @@ use super::image::Image;
 use super::tree::ControlFile;
 use crate::chain::Opener;
 use crate::error::{Error, ErrorKind, Result};
-use crate::rebase::{Progress, Report, Request};
-use command::Line;
+use crate::rebase::{Progress, Report};
+use command::{Command, Line};
 pub(super) use writer::Writer;
 
 /// Gets what comes of a write: nothing, or an errno, the words to which are in `ctl/status`. May
@@ -41,8 +42,17 @@ pub(super) struct Control {
 struct Mounted {
     /// Opens new chains, and refuses files of our own mount.
     opener: Opener,
-    /// Called when the chain has been replaced by one with the same bytes.
-    replaced: Box<dyn Fn() + Send + Sync>,
+    /// Called when the image has another chain.
+    replaced: Box<dyn Fn(Bytes) + Send + Sync>,
+}
+
+/// What a guest sees of an image that has another chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Bytes {
+    /// What it saw before (invariant I1).
+    Same,
+    /// Whatever the new backing file holds: it was not compared.
+    Others,
 }
 
 #[derive(Default)]
@@ -50,20 +60,22 @@ struct State {
     running: Option<Arc<Running>>,
     worker: Option<JoinHandle<()>>,
     last: Option<Outcome>,
+    /// What the last dry run found, as text: what `ctl/rebase` reads as.
+    rehearsed: Arc<[u8]>,
     /// Why a command was turned away while another ran.
     refused: Option<String>,
     is_closed: bool,
 }
 
 struct Running {
-    request: Request,
+    command: Command,
     progress: Progress,
 }
 
 /// What came of a command.
 struct Outcome {
-    /// What was asked for; `None` if it could not be understood.
-    request: Option<Request>,
+    /// The job as it ended; `None` if what was asked for could not be understood.
+    asked: Option<Arc<Running>>,
     result: Result<Report>,
 }
 
@@ -79,6 +91,14 @@ impl Opened {
     pub(super) fn new(file: ControlFile) -> Self {
         Self { file, line: Line::default(), text: None }
     }
+
+    /// What a line that was written to it asks for.
+    fn command(&self, line: Vec<u8>) -> Result<Command> {
+        match self.file {
+            ControlFile::Rebase => Command::rebase(&line),
+            _ => Command::backing(line),
+        }
+    }
 }
 
 impl Control {
@@ -89,7 +109,7 @@ impl Control {
 
     /// Lets jobs run from now on: `opener` opens their files, `replaced` is called whenever the
     /// image has another chain.
-    pub(super) fn start(&self, opener: Opener, replaced: impl Fn() + Send + Sync + 'static) {
+    pub(super) fn start(&self, opener: Opener, replaced: impl Fn(Bytes) + Send + Sync + 'static) {
         let mounted = Mounted { opener, replaced: Box::new(replaced) };
         assert!(self.mounted.set(mounted).is_ok(), "a mount is made once");
     }
@@ -137,11 +157,21 @@ impl Control {
             ControlFile::Chain => report::chain(&chain),
             ControlFile::Status => {
                 let state = self.state();
-                let running = state.running.as_ref().map(|running| (&running.request, &running.progress));
-                report::status(&chain, running, state.last.as_ref(), state.refused.as_deref())
+                report::status(
+                    &chain,
+                    state.running.as_deref(),
+                    state.last.as_ref(),
+                    state.refused.as_deref(),
+                )
             }
+            ControlFile::Rebase => self.state().rehearsed.to_vec(),
             ControlFile::Cancel => Vec::new(),
         }
+    }
+
+    /// How many bytes `ctl/rebase` has to read.
+    pub(super) fn rehearsed_bytes(&self) -> u64 {
+        self.state().rehearsed.len() as u64
     }
 
     /// Takes bytes written to a control file. `answer` is called when the command that they
@@ -152,9 +182,9 @@ impl Control {
                 self.cancel();
                 answer(Ok(()));
             }
-            ControlFile::Backing => match opened.line.push(bytes) {
+            ControlFile::Backing | ControlFile::Rebase => match opened.line.push(bytes) {
                 Ok(None) => answer(Ok(())),
-                Ok(Some(line)) => self.submit(command::backing(line), writer, answer),
+                Ok(Some(line)) => self.submit(opened.command(line), writer, answer),
                 Err(e) => self.submit(Err(e), writer, answer),
             },
             ControlFile::Chain | ControlFile::Status => {
@@ -167,7 +197,7 @@ impl Control {
     pub(super) fn flush(self: &Arc<Self>, opened: &mut Opened, writer: Writer, answer: Answer) {
         match opened.line.finish() {
             None => answer(Ok(())),
-            Some(line) => self.submit(command::backing(line), writer, answer),
+            Some(line) => self.submit(opened.command(line), writer, answer),
         }
     }
 

@@ -2,12 +2,11 @@
 
 use std::fmt::Display;
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
 
-use super::Outcome;
+use super::{Outcome, Running};
 use crate::chain::Chain;
 use crate::error::ErrorKind;
-use crate::rebase::{Phase, Progress, Request};
+use crate::rebase::{Phase, Progress, Report};
 
 /// `ctl/backing`: the backing file as the header names it, byte for byte; empty if there is none.
 pub(super) fn backing(chain: &Chain) -> Vec<u8> {
@@ -28,20 +27,20 @@ pub(super) fn chain(chain: &Chain) -> Vec<u8> {
 /// `ctl/status`: lines of `key: value`.
 pub(super) fn status(
     chain: &Chain,
-    running: Option<(&Request, &Progress)>,
+    running: Option<&Running>,
     last: Option<&Outcome>,
     refused: Option<&str>,
 ) -> Vec<u8> {
     let mut lines = Lines::default();
-    lines.add("state", state(running.map(|(_, progress)| progress), last));
-    if let Some((request, progress)) = running {
-        lines.add("request", asked_for(request));
+    lines.add("state", state(running.map(|running| &running.progress), last));
+    if let Some(Running { command, progress }) = running {
+        lines.add("request", command.in_words());
         lines.add("phase", progress.phase().word());
-        lines.add("bytes-done", progress.done());
-        lines.add("bytes-total", progress.total());
+        lines.come_so_far(progress);
     }
     let backing = chain.top().and_then(|top| top.backing());
     lines.add("backing", backing.map_or(String::new(), |backing| backing.name.display().to_string()));
+    chain.broken_off().into_iter().for_each(|why| lines.add("missing", why));
     if running.is_none() {
         last.into_iter().for_each(|last| lines.outcome(last));
     }
@@ -60,14 +59,6 @@ fn state(running: Option<&Progress>, last: Option<&Outcome>) -> &'static str {
     }
 }
 
-/// What was asked for, in words that can be read in a sentence.
-pub(super) fn asked_for(request: &Request) -> String {
-    match &request.backing {
-        Some(backing) => format!("rebase onto '{}'", Path::new(&backing.name).display()),
-        None => "flatten".to_owned(),
-    }
-}
-
 #[derive(Default)]
 struct Lines(String);
 
@@ -78,20 +69,48 @@ impl Lines {
         self.0.extend([key, ":", space, &value, "\n"]);
     }
 
+    fn come_so_far(&mut self, progress: &Progress) {
+        self.add("bytes-done", progress.done());
+        self.add("bytes-total", progress.total());
+    }
+
     fn outcome(&mut self, outcome: &Outcome) {
-        if let Some(request) = &outcome.request {
-            self.add("request", asked_for(request));
+        if let Some(asked) = &outcome.asked {
+            self.add("request", asked.command.in_words());
         }
-        match &outcome.result {
-            Ok(report) => {
+        match (&outcome.result, &outcome.asked) {
+            (Ok(report), asked) => {
                 self.add("phase", Phase::Done.word());
-                self.add("bytes-missing", report.missing);
-                self.add("bytes-equal", report.equal);
-                self.add("bytes-compared", report.compared);
-                self.add("bytes-copied", report.copied);
-                self.add("bytes-zeroed", report.zeroed);
+                // Nobody has looked at bytes otherwise.
+                if asked.as_ref().is_none_or(|asked| !asked.command.changes_bytes()) {
+                    self.figures(report);
+                }
             }
-            Err(error) => self.add("error", error),
+            (Err(error), asked) => {
+                asked.iter().for_each(|asked| self.broken_off(asked));
+                self.add("error", error);
+            }
+        }
+    }
+
+    fn figures(&mut self, report: &Report) {
+        self.add("bytes-missing", report.missing);
+        self.add("bytes-equal", report.equal);
+        self.add("bytes-compared", report.compared);
+        self.add("bytes-copied", report.copied);
+        self.add("bytes-zeroed", report.zeroed);
+        self.add("bytes-reclaimed", report.reclaimed);
+    }
+
+    /// How far a job came that was stopped or failed after it knew what to do, and what is kept.
+    fn broken_off(&mut self, job: &Running) {
+        if job.progress.phase() == Phase::Plan {
+            return;
+        }
+        self.add("phase", job.progress.phase().word());
+        self.come_so_far(&job.progress);
+        if !job.command.options.dry_run {
+            self.add("bytes-kept", job.progress.kept());
         }
     }
 }
@@ -109,36 +128,34 @@ fn one_line(text: &str) -> String {
 mod tests {
     use super::*;
     use crate::error::Error;
-    use crate::layer::Reference;
-    use crate::rebase::{Mode, Report};
+    use crate::mount::control::command::Command;
 
-    fn request(name: &str) -> Request {
-        let backing = (!name.is_empty()).then(|| Reference { name: name.into(), format: None });
-        Request { backing, mode: Mode::Safe, verify: false }
+    fn job(name: &str) -> Running {
+        let command = Command::backing(name.into()).unwrap();
+        Running { command, progress: Progress::default() }
     }
 
-    fn text(running: Option<(&Request, &Progress)>, last: Option<&Outcome>) -> String {
+    fn text(running: Option<&Running>, last: Option<&Outcome>) -> String {
         String::from_utf8(status(&Chain::default(), running, last, None)).unwrap()
     }
 
     #[test]
     fn status_tells_what_runs_or_what_came_of_it() {
         assert_eq!(text(None, None), "state: idle\nbacking:\n");
-        let (asked, progress) = (request("new.img"), Progress::default());
-        let running = text(Some((&asked, &progress)), None);
+        let running = job("new.img");
         assert!(
-            running
+            text(Some(&running), None)
                 .starts_with("state: running\nrequest: rebase onto 'new.img'\nphase: plan\nbytes-done: 0\n")
         );
-        progress.cancel();
-        assert!(text(Some((&asked, &progress)), None).starts_with("state: stopping\n"));
-        let done = Outcome { request: Some(request("")), result: Ok(Report::default()) };
+        running.progress.cancel();
+        assert!(text(Some(&running), None).starts_with("state: stopping\n"));
+        let done = Outcome { asked: Some(job("").into()), result: Ok(Report::default()) };
         assert!(text(None, Some(&done)).contains("state: done\nbacking:\nrequest: flatten\nphase: done\n"));
     }
 
     #[test]
     fn a_failure_fits_one_line_whatever_the_name() {
-        let failed = Outcome { request: None, result: Err(Error::invalid("bad").path("a\nstate: done")) };
+        let failed = Outcome { asked: None, result: Err(Error::invalid("bad").path("a\nstate: done")) };
         let text = text(None, Some(&failed));
         assert_eq!(text, "state: failed\nbacking:\nerror: a\\nstate: done: bad\n");
     }
