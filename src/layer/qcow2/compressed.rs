@@ -1,13 +1,17 @@
 //! Compressed clusters: from the bytes in the file to the bytes of the cluster, and back.
 //!
 //! Pure: no I/O. The output has a fixed size, so a payload that inflates without end costs no more
-//! than a cluster.
+//! than a cluster; and a frame that demands more memory than any cluster can need is refused.
 
 use flate2::{Compress, Decompress, FlushCompress, FlushDecompress, Status};
-use zstd::stream::raw::{Decoder, InBuffer, Operation, OutBuffer};
+use zstd::stream::raw::{DParameter, Decoder, InBuffer, Operation, OutBuffer};
 
 use super::header::Compression;
 use crate::error::{Error, Result};
+
+/// log2 of the largest window that a Zstandard frame may ask for: what every decoder should offer
+/// (RFC 8878, *Window Descriptor*), and four times the largest cluster. The library would take 128 MiB.
+const WINDOW_LOG_MAX: u32 = 23;
 
 /// Fills `cluster` from `payload`, which may be followed by bytes that do not belong to it.
 pub fn inflate(compression: Compression, payload: &[u8], cluster: &mut [u8]) -> Result<()> {
@@ -45,6 +49,7 @@ fn inflate_zlib(payload: &[u8], cluster: &mut [u8]) -> Option<usize> {
 
 fn inflate_zstd(payload: &[u8], cluster: &mut [u8]) -> Option<usize> {
     let mut decoder = Decoder::new().ok()?;
+    decoder.set_parameter(DParameter::WindowLogMax(WINDOW_LOG_MAX)).ok()?;
     let mut input = InBuffer::around(payload);
     let mut output = OutBuffer::around(cluster);
     loop {
@@ -116,6 +121,33 @@ mod tests {
 
     fn sample() -> Vec<u8> {
         (0..65536u32).map(|i| (i / 7) as u8).collect()
+    }
+
+    /// A frame that says it needs a window of 2^`log` bytes; one block of one byte, repeated.
+    fn zstd_frame(log: u8, length: u32) -> Vec<u8> {
+        let block = length << 3 | 1 << 1 | 1;
+        let head = [0x28, 0xb5, 0x2f, 0xfd, 0, (log - 10) << 3];
+        [&head[..], &block.to_le_bytes()[..3], &[0x5a]].concat()
+    }
+
+    #[test]
+    fn a_zstd_frame_that_demands_a_huge_window_is_refused() {
+        let mut cluster = vec![0; 65536];
+        inflate(Compression::Zstd, &zstd_frame(23, 65536), &mut cluster).unwrap();
+        assert!(cluster == vec![0x5a; 65536]);
+        for log in [24, 27, 31, 41] {
+            assert!(inflate(Compression::Zstd, &zstd_frame(log, 65536), &mut cluster).is_err(), "2^{log}");
+        }
+    }
+
+    #[test]
+    fn a_payload_that_inflates_without_end_fills_the_cluster_and_no_more() {
+        for compression in KINDS {
+            let payload = deflate(compression, &vec![0x77; 64 << 20]).unwrap();
+            let mut cluster = vec![0; 65536];
+            inflate(compression, &payload, &mut cluster).unwrap();
+            assert!(cluster == vec![0x77; 65536]);
+        }
     }
 
     #[test]
