@@ -71,8 +71,10 @@ impl Case {
         })
     }
 
+    /// In whole clusters: which subcluster of the last one was written last is chance.
     fn size_of(&self, image: &str) -> u64 {
-        std::fs::metadata(self.scratch.path(image)).unwrap().len()
+        let bytes = std::fs::metadata(self.scratch.path(image)).unwrap().len();
+        bytes.next_multiple_of(self.overlay.cluster)
     }
 
     /// Our result is right by itself, and no worse than QEMU's where QEMU has one.
