@@ -11,6 +11,7 @@ mod control;
 mod crash;
 mod create;
 mod failing;
+mod hostile;
 mod info;
 mod kill;
 mod locks;

@@ -1,10 +1,11 @@
 //! Persistent bitmaps: the header extension and the directory that it points to.
 //!
-//! Pure: no I/O. Facts from the qcow2 specification, *Bitmaps extension* and *Bitmap directory*;
+//! Pure, but for reading the directory. Facts from the qcow2 specification, *Bitmaps extension* and *Bitmap directory*;
 //! limits as QEMU sets them.
 
 use super::header::Header;
 use crate::error::{Error, Result};
+use crate::file::{HostFile, HostOffset};
 
 const EXTENSION_LENGTH: usize = 24;
 const ENTRY_LENGTH: usize = 24;
@@ -66,44 +67,62 @@ impl Directory {
         Ok(directory)
     }
 
-    /// Decodes the directory's own bytes.
-    pub fn decode_entries(&self, bytes: &[u8], header: &Header) -> Result<Vec<Bitmap>> {
+    /// Reads the directory's own entries: one after the other, whatever its size claims.
+    pub fn read(&self, file: &dyn HostFile, header: &Header) -> Result<Vec<Bitmap>> {
+        let wrong = |what: String| Error::corrupt(what).offset(self.offset);
         let mut bitmaps = Vec::new();
-        let mut rest = bytes;
-        while !rest.is_empty() {
-            let (bitmap, length) = decode_entry(rest, header)?;
+        let mut done = 0;
+        while done < self.size {
+            if bitmaps.len() as u64 == u64::from(self.count) {
+                return Err(wrong(format!("the bitmap directory has more than {} entries", self.count)));
+            }
+            let (bitmap, length) = self.read_entry(file, header, done)?;
             bitmaps.push(bitmap);
-            rest = rest.get(length..).unwrap_or_default();
+            done += length.next_multiple_of(8);
         }
         match bitmaps.len() as u64 == u64::from(self.count) {
             true => Ok(bitmaps),
             false => {
-                let what = format!("the bitmap directory has {} entries, not {}", bitmaps.len(), self.count);
-                Err(Error::corrupt(what).offset(self.offset))
+                Err(wrong(format!("the bitmap directory has {} entries, not {}", bitmaps.len(), self.count)))
             }
         }
     }
+
+    /// The entry at `start` of the directory, and its length without padding.
+    fn read_entry(&self, file: &dyn HostFile, header: &Header, start: u64) -> Result<(Bitmap, u64)> {
+        let mut fixed = [0; ENTRY_LENGTH];
+        file.read_at(HostOffset(self.offset + start), &mut fixed)?;
+        let bitmap = decode_entry(&fixed, header)?;
+        let name_at = start + ENTRY_LENGTH as u64 + u64::from(u32_at(&fixed, 20));
+        let mut name = vec![0; usize::from(u16::from_be_bytes([fixed[18], fixed[19]]))];
+        let end = name_at + name.len() as u64;
+        if end > self.size {
+            return Err(Error::corrupt("an entry of the bitmap directory leaves it"));
+        }
+        if name.is_empty() {
+            return Err(Error::corrupt("an entry of the bitmap directory has no name"));
+        }
+        file.read_at(HostOffset(self.offset + name_at), &mut name)?;
+        let name = String::from_utf8_lossy(&name).into_owned();
+        Ok((Bitmap { name, ..bitmap }, end - start))
+    }
 }
 
-fn decode_entry(bytes: &[u8], header: &Header) -> Result<(Bitmap, usize)> {
-    let leaves = || Error::corrupt("an entry of the bitmap directory leaves it");
-    let (fixed, variable) = bytes.split_first_chunk::<ENTRY_LENGTH>().ok_or_else(leaves)?;
-    let name_length = usize::from(u16::from_be_bytes([fixed[18], fixed[19]]));
-    let extra_length = u32_at(fixed, 20) as usize;
-    let name = variable.get(extra_length..).and_then(|rest| rest.get(..name_length)).ok_or_else(leaves)?;
+/// The fields before the name.
+fn decode_entry(fixed: &[u8; ENTRY_LENGTH], header: &Header) -> Result<Bitmap> {
     let bitmap = Bitmap {
         table_offset: u64_at(fixed, 0),
         table_entries: u32_at(fixed, 8),
         flags: u32_at(fixed, 12),
         granularity_bits: fixed[17],
-        name: String::from_utf8_lossy(name).into_owned(),
+        name: String::new(),
     };
     if (u64::from(bitmap.table_entries) << header.cluster_bits) > MAX_DATA {
-        return Err(Error::corrupt(format!("bitmap '{}' is too large", bitmap.name)));
+        return Err(Error::corrupt("a bitmap is too large"));
     }
     let bytes = u64::from(bitmap.table_entries) * 8;
     header.validate_table("bitmap table", bitmap.table_offset, bytes, MAX_DATA)?;
-    Ok((bitmap, (ENTRY_LENGTH + extra_length + name_length).next_multiple_of(8)))
+    Ok(bitmap)
 }
 
 /// The host cluster that an entry of a bitmap table points to, `None` where it stands for bits

@@ -7,7 +7,7 @@
 //! | file | what |
 //! |---|---|
 //! | `header`, `extension`, `entry`, `compressed`, `bitmap` | what bytes mean; pure |
-//! | `table`, `snapshot` | reading tables |
+//! | `table`, `l1`, `snapshot` | reading tables |
 //! | `refcount`, `staged`, `update`, `swap` | writing, in the order of invariants I2 and I3 |
 //! | `create` | making a new image |
 //! | `references`, `counts`, `stored`, `check` | who points where, and whether the refcounts say so |
@@ -21,6 +21,7 @@ pub mod create;
 pub mod entry;
 pub mod extension;
 pub mod header;
+mod l1;
 pub mod refcount;
 mod references;
 pub mod repair;
@@ -39,8 +40,9 @@ use self::bitmap::{Bitmap, Directory};
 use self::entry::{Cluster, L2Entry, SUBCLUSTERS, Standard, State};
 use self::extension::{Extensions, kind};
 use self::header::{Compression, Header, autoclear, incompatible};
+use self::l1::L1Table;
 use self::snapshot::{Snapshot, SnapshotTable};
-use self::table::{L2Slice, SLICE_BYTES, TableCache, read_words};
+use self::table::{L2Slice, SLICE_BYTES, TableCache};
 use super::{Compressed, Detail, Extent, ExtentKind, Format, GuestOffset, Layer, Reference};
 use crate::error::{Context, Error, Result};
 use crate::file::{HostFile, HostOffset};
@@ -121,7 +123,7 @@ pub struct Qcow2 {
     /// Names this layer in the cache.
     number: u64,
     virtual_size: u64,
-    l1: Arc<[u64]>,
+    l1: L1Table,
     /// Whether clusters that are data by the tables can be holes of the file all the same, as in
     /// an image with preallocated metadata.
     is_sparse: bool,
@@ -137,7 +139,7 @@ impl Qcow2 {
         cache: Arc<TableCache>,
     ) -> Result<Self> {
         let header = &preamble.header;
-        let l1 = read_l1(&*file, header.l1_offset, header.l1_entries).path(file.path())?;
+        let l1 = L1Table::read(&*file, header.l1_offset, header.l1_entries).path(file.path())?;
         let data_file = data_file.unwrap_or_else(|| file.clone());
         Ok(Self {
             is_sparse: is_sparse(&*data_file, header.cluster_size())?,
@@ -175,7 +177,7 @@ impl Qcow2 {
     }
 
     /// The L1 table of this view.
-    pub fn l1(&self) -> &[u64] {
+    fn l1(&self) -> &L1Table {
         &self.l1
     }
 
@@ -193,16 +195,14 @@ impl Qcow2 {
         };
         let read = || {
             let directory = Directory::decode(extension, self.header())?;
-            let mut bytes = vec![0; directory.size as usize];
-            self.file.read_at(HostOffset(directory.offset), &mut bytes)?;
-            directory.decode_entries(&bytes, self.header())
+            directory.read(&*self.file, self.header())
         };
         read().path(self.file.path()).doing(|| "reading the bitmap directory".to_owned())
     }
 
     /// The view of an internal snapshot.
     pub fn at_snapshot(&self, snapshot: &Snapshot) -> Result<Self> {
-        let l1 = read_l1(&*self.file, snapshot.l1_offset, snapshot.l1_entries)
+        let l1 = L1Table::read(&*self.file, snapshot.l1_offset, snapshot.l1_entries)
             .path(self.file.path())
             .doing(|| format!("opening snapshot '{}'", snapshot.name))?;
         Ok(Self { l1, virtual_size: whole_sectors(snapshot.disk_size), ..self.clone() })
@@ -243,7 +243,7 @@ impl Qcow2 {
     }
 
     fn l2_table(&self, l1_index: u64) -> Result<Option<HostOffset>> {
-        let entry = self.l1.get(l1_index as usize).copied().unwrap_or(0);
+        let entry = self.l1.entry(l1_index);
         let table = entry::l2_table(entry, self.header())?;
         match table {
             Some(at) if at.0 >= self.file.size() => {
@@ -258,11 +258,15 @@ impl Qcow2 {
         let coverage = self.header().l2_coverage();
         let first = at.0 / coverage;
         let last = (at.0 + length - 1) / coverage;
-        let mut next = first + 1;
-        while next <= last && self.l2_table(next)?.is_none() {
-            next += 1;
+        let used_from = |index| self.l1.next_used(index).filter(|next| *next <= last);
+        let mut next = used_from(first + 1);
+        while let Some(index) = next
+            && self.l2_table(index)?.is_none()
+        {
+            next = used_from(index + 1);
         }
-        Ok((next * coverage - at.0).min(length))
+        let end = next.map_or(u64::MAX, |index| index * coverage);
+        Ok((end - at.0).min(length))
     }
 
     fn extent_in_cluster(&self, at: GuestOffset, length: u64, entry: L2Entry) -> Result<Extent> {
@@ -275,7 +279,10 @@ impl Qcow2 {
                 let kind = ExtentKind::Compressed(Compressed { at, size, skip: within as u32 });
                 Ok(Extent { kind, length })
             }
-            Cluster::Standard(standard) => self.extent_in_standard(standard, within, length),
+            Cluster::Standard(standard) => {
+                self.refuse_misplaced(standard, at.0 - within)?;
+                self.extent_in_standard(standard, within, length)
+            }
         }
     }
 
@@ -296,6 +303,18 @@ impl Qcow2 {
             (State::Unallocated | State::Data, _) => ExtentKind::NotMine,
         };
         Ok(Extent { kind, length })
+    }
+
+    /// In an external data file, each cluster lies where the guest has it (as QEMU demands): there
+    /// are no refcounts that could tell whose it is.
+    fn refuse_misplaced(&self, cluster: Standard, guest: u64) -> Result<()> {
+        match cluster.host {
+            Some(host) if self.header().has_data_file() && host.0 != guest => {
+                let what = "a cluster does not lie at its guest offset in the external data file";
+                Err(Error::corrupt(what).path(self.data_file.path()).offset(host.0))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// A cluster that begins past the end of its file is lost data, not zeros. That the file ends
@@ -382,13 +401,6 @@ fn is_sparse(file: &dyn HostFile, cluster_size: u64) -> Result<bool> {
 /// QEMU counts disks in sectors of 512 bytes, and does not show a last one that is not whole.
 fn whole_sectors(bytes: u64) -> u64 {
     bytes & !511
-}
-
-fn read_l1(file: &dyn HostFile, offset: u64, entries: u32) -> Result<Arc<[u64]>> {
-    if offset + u64::from(entries) * 8 > file.size().next_multiple_of(512) {
-        return Err(Error::corrupt("the L1 table leaves the file").offset(offset));
-    }
-    Ok(read_words(file, HostOffset(offset), u64::from(entries))?.into())
 }
 
 impl Layer for Qcow2 {

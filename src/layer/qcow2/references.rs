@@ -15,6 +15,7 @@ use super::counts::Counts;
 use super::entry::{COMPRESSED, COPIED, Cluster, L1_RESERVED, L2_RESERVED, L2Entry, OFFSET, Standard, ZERO};
 use super::extension::kind;
 use super::header::{Header, autoclear};
+use super::l1::L1Table;
 use super::snapshot::SnapshotTable;
 use super::stored::StoredRefcounts;
 use super::table::read_words;
@@ -185,20 +186,11 @@ impl<'a> Walk<'a> {
             return Ok(());
         }
         self.add(what, offset, bytes, uses.by_all);
-        if is_hole {
-            return Ok(());
-        }
-        for (index, entry) in
-            read_words(self.file, HostOffset(offset), u64::from(entries))?.iter().enumerate()
-        {
-            if *entry != 0 {
-                self.l1_entry(what, index, *entry, uses)?;
-            }
-        }
-        Ok(())
+        let table = L1Table::read_cut(self.file, offset, entries)?;
+        table.used().try_for_each(|(index, entry)| self.l1_entry(what, index, entry, uses))
     }
 
-    fn l1_entry(&mut self, what: &str, index: usize, entry: u64, uses: Uses) -> Result<()> {
+    fn l1_entry(&mut self, what: &str, index: u64, entry: u64, uses: Uses) -> Result<()> {
         if entry & L1_RESERVED != 0 {
             let text = format!("ERROR {what}, entry {index}: {entry:#018x} has reserved bits set");
             self.lose(uses.by_all, text);
@@ -211,7 +203,7 @@ impl<'a> Walk<'a> {
         }
         if uses.by_active > 0 && table != 0 {
             let refcount = self.stored.of(table >> self.header.cluster_bits)?;
-            self.copied_flag("L1 entry", index as u64, entry, refcount, uses.by_active);
+            self.copied_flag("L1 entry", index, entry, refcount, uses.by_active);
         }
         if table < self.file.size() {
             let so_far = self.found.l2_tables.entry(table).or_default();
@@ -365,10 +357,10 @@ impl<'a> Walk<'a> {
                 return Ok(());
             }
         };
-        self.add("bitmap directory", directory.offset, directory.size, 1);
-        let mut bytes = vec![0; directory.size as usize];
-        self.file.read_at(HostOffset(directory.offset), &mut bytes)?;
-        match directory.decode_entries(&bytes, self.header) {
+        if !self.add("bitmap directory", directory.offset, directory.size, 1) {
+            return Ok(());
+        }
+        match directory.read(self.file, self.header) {
             Ok(bitmaps) => bitmaps.iter().try_for_each(|bitmap| self.bitmap(bitmap)),
             Err(e) => {
                 self.lose(1, format!("ERROR {e}"));

@@ -3,11 +3,12 @@
 //! Owns the order of writes. Data goes to its place at once; refcounts, L2 and L1 tables change in
 //! memory and reach the file in [`commit`](Overlay::commit): first what nothing points to yet, then
 //! a barrier, then the pointers. So a cut at any point leaves leaked clusters at most. What is put
-//! where is decided in `fill`, what is given up in `forget`, the tables in memory are in `staged`, the header swap in `swap`.
+//! where is decided in `fill`, what is given up in `forget`, the tables in memory are in `staged`, the header swap in `swap`; what must not overlap in `structures`.
 
 mod fill;
 mod forget;
 mod staged;
+mod structures;
 mod swap;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -56,7 +57,9 @@ impl Writer {
         refuse_corrupt(&preamble.header).path(image.file().path())?;
         let mut views = vec![image.clone()];
         let mut tables = vec![view(HostOffset(preamble.header.l1_offset), image)];
-        for snapshot in image.snapshots()? {
+        let snapshots = image.snapshots()?;
+        structures::refuse_overlapping_l1(&preamble.header, &snapshots).path(image.file().path())?;
+        for snapshot in snapshots {
             let at_snapshot = image.at_snapshot(&snapshot)?;
             tables.push(view(HostOffset(snapshot.l1_offset), &at_snapshot));
             views.push(at_snapshot);
@@ -167,7 +170,7 @@ impl Overlay for Writer {
         }
         let report = check::check(&self.views[0])?;
         if report.is_sound() {
-            return Ok(());
+            return self.refuse_shared_structures().path(path);
         }
         let errors = report.corruptions + report.check_errors;
         let first = report.messages.first().map_or("", String::as_str);
@@ -229,7 +232,7 @@ impl Overlay for Writer {
 }
 
 fn view(l1_at: HostOffset, image: &Qcow2) -> View {
-    View { l1_at, l1: image.l1().to_vec(), size: image.virtual_size() }
+    View { l1_at, l1: image.l1().clone(), size: image.virtual_size() }
 }
 
 fn refuse_corrupt(header: &Header) -> Result<()> {

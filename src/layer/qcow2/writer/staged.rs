@@ -14,6 +14,7 @@ use crate::file::{HostFile, HostOffset};
 use crate::layer::GuestOffset;
 use crate::layer::qcow2::entry::{self, COPIED, L2Entry};
 use crate::layer::qcow2::header::Header;
+use crate::layer::qcow2::l1::L1Table;
 use crate::layer::qcow2::refcount::Write;
 use crate::layer::qcow2::table::{SLICE_BYTES, encode_words, read_words};
 
@@ -23,7 +24,7 @@ pub struct View {
     /// Where the table lies.
     pub l1_at: HostOffset,
     /// Its entries.
-    pub l1: Vec<u64>,
+    pub l1: L1Table,
     /// Virtual size of the view in bytes.
     pub size: u64,
 }
@@ -72,10 +73,10 @@ impl Staged {
     /// The distinct L2 tables for the cluster at `at`, each with all views that use it. Views that
     /// have no table are listed only if `at` lies in their disk.
     pub fn tables_at(&self, at: GuestOffset) -> Result<Vec<Shared>> {
-        let index = (at.0 / self.header.l2_coverage()) as usize;
+        let index = at.0 / self.header.l2_coverage();
         let mut found: Vec<Shared> = Vec::new();
         for (number, view) in self.views.iter().enumerate() {
-            let word = view.l1.get(index).copied().unwrap_or(0);
+            let word = view.l1.entry(index);
             let table = entry::l2_table(word, &self.header).path(self.file.path())?;
             if table.is_none() && at.0 >= view.size {
                 continue;
@@ -110,7 +111,7 @@ impl Staged {
         let index = at.0 / self.header.l2_coverage();
         let copied = if views.len() == 1 { COPIED } else { 0 };
         for &view in views {
-            self.views[view].l1[index as usize] = table.0 | copied;
+            self.views[view].l1.set_entry(index, table.0 | copied);
             self.dirty_l1.insert((view, index));
         }
         self.new_tables.insert(table);
@@ -140,7 +141,7 @@ impl Staged {
         let mut writes: Vec<Write> = dirty.map(|(at, slice)| (at, encode_words(&slice.words))).collect();
         for (view, index) in std::mem::take(&mut self.dirty_l1) {
             let View { l1_at, l1, .. } = &self.views[view];
-            writes.push((*l1_at + index * 8, l1[index as usize].to_be_bytes().to_vec()));
+            writes.push((*l1_at + index * 8, l1.entry(index).to_be_bytes().to_vec()));
         }
         writes
     }
