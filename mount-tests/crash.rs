@@ -13,7 +13,7 @@ use rebasefs::file::{Access, HostFile};
 use rebasefs::layer::qcow2::table::TableCache;
 use rebasefs::layer::qcow2::{Preamble, Qcow2, check};
 use rebasefs::layer::{GuestOffset, Layer, Reference};
-use rebasefs::rebase::{Mode, Progress, Request, rebase, reclaim};
+use rebasefs::rebase::{Progress, Request, rebase, reclaim};
 
 use crate::memory_file::{MemoryFile, Operation};
 use crate::random_chain::Random;
@@ -32,7 +32,7 @@ struct Case {
 }
 
 impl Case {
-    fn new(options: &str, disk: u64, target: Option<&str>, has_snapshots: bool) -> Self {
+    fn new((options, disk): (&str, u64), target: Option<&str>, has_snapshots: bool, compress: bool) -> Self {
         let scratch = Scratch::new();
         let s = &scratch;
         let unit = disk / 16;
@@ -42,6 +42,10 @@ impl Case {
             |byte: u8, from: u64, count: u64| format!("write -q -P {byte} {} {}", from * unit, count * unit);
         s.qemu_io("raw", "old", &[&pattern(0x11, 0, 7), &pattern(0x12, 9, 3), &pattern(0x13, 14, 1)]);
         s.qemu_io("raw", "new", &[&pattern(0x11, 0, 2), &pattern(0x22, 2, 2), &pattern(0x12, 7, 6)]);
+        if compress {
+            // What takes about half a cluster, and crosses the ends of host clusters.
+            s.poke("old", 4 * unit, &Random::new(disk).bytes(2 * unit as usize, 4));
+        }
         s.qemu_img(&format!("create -q -f qcow2 -o {options} -b old -F raw cow.qcow2"));
         s.qemu_io(
             "qcow2",
@@ -67,10 +71,10 @@ impl Case {
         let open = |name: &str| opener.chain(&s.path(name), None, Access::ReadOnly).unwrap();
         let (old, new) = (open("old"), target.map_or_else(Chain::default, open));
         let name = |name: &str| Reference { name: s.path(name).into(), format: Some("raw".to_owned()) };
-        let request = Request { backing: target.map(name), mode: Mode::Safe, verify: false };
+        let request = Request { backing: target.map(name), compress, ..Request::default() };
         let truth = views(&MemoryFile::new(overlay.clone()), &old);
         assert!(truth[0] == s.guest_bytes("qcow2", "cow.qcow2"));
-        let name = format!("{options} onto {target:?}, snapshots: {has_snapshots}");
+        let name = format!("{options} onto {target:?}, snapshots: {has_snapshots}, -c: {compress}");
         Self { scratch, name, overlay, old, new, request, truth }
     }
 
@@ -213,9 +217,10 @@ const SHAPES: [(&str, u64); 12] = [
 ];
 
 fn cases() -> impl Iterator<Item = Case> {
-    let variants = [(Some("new"), false), (Some("new"), true), (None, true)];
-    SHAPES.iter().flat_map(move |&(options, disk)| {
-        variants.map(|(target, has_snapshots)| Case::new(options, disk, target, has_snapshots))
+    let variants =
+        [(Some("new"), false, false), (Some("new"), true, false), (None, true, false), (None, true, true)];
+    SHAPES.iter().flat_map(move |&shape| {
+        variants.map(|(target, has_snapshots, compress)| Case::new(shape, target, has_snapshots, compress))
     })
 }
 
@@ -250,7 +255,11 @@ fn a_disk_that_fails_at_any_write_or_sync_loses_nothing_and_the_rebase_can_be_st
         for number in (0..operations).step_by(step) {
             let kind = if number % 2 == 0 { ErrorKind::Io } else { ErrorKind::NoSpace };
             let file = MemoryFile::failing_from(case.overlay.clone(), number, kind);
-            let error = case.rebase(&file).unwrap_err();
+            let Err(error) = case.rebase(&file) else {
+                // Compressed clusters that happen to be neighbours are one write.
+                assert!(case.request.compress && file.log().len() <= number, "{}", case.name);
+                continue;
+            };
             assert_eq!(error.kind(), kind, "{error}");
             assert!(error.to_string().contains("memory.qcow2: the disk is broken at offset 0x4d"), "{error}");
             case.judge(file.bytes(), &|| format!("operation {number} failed"));

@@ -22,6 +22,11 @@ impl Random {
         z ^ z >> 31
     }
 
+    /// Bytes of which the lowest `bits` (1 to 8) are random and the others zero.
+    pub fn bytes(&mut self, length: usize, bits: u32) -> Vec<u8> {
+        (0..length).map(|_| (self.next() >> (64 - bits)) as u8).collect()
+    }
+
     /// A number from 0 to `end` − 1.
     pub fn below(&mut self, end: u64) -> u64 {
         self.next() % end

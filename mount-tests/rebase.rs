@@ -3,6 +3,7 @@
 //! Pictures: a cell is a cluster, `--` is nothing. The old backing file is `old`, the new one
 //! `new`, the overlay `cow.qcow2`.
 
+mod compress;
 mod equal;
 mod random;
 
@@ -359,7 +360,6 @@ fn what_is_not_supported_is_refused_by_name_before_anything_is_written() {
     let scratch = three("compat=1.1", "11", "22", "--");
     let before = std::fs::read(scratch.path("cow.qcow2")).unwrap();
     for (arguments, word) in [
-        ("-c -b new -F raw", "-c is not supported"),
         ("--image-opts -b new -F raw", "--image-opts is not supported"),
         ("--object secret,id=s -b new -F raw", "--object secret,id=s is not supported"),
         ("-b new -F vmdk", "format 'vmdk' is not supported"),
@@ -374,12 +374,17 @@ fn what_is_not_supported_is_refused_by_name_before_anything_is_written() {
 
 #[test]
 fn a_dry_run_says_what_a_rebase_does_and_writes_nothing() {
-    for shape in ["compat=1.1", "compat=0.10", "extended_l2=on"] {
+    for (shape, compress) in
+        [("compat=1.1", ""), ("compat=0.10", ""), ("extended_l2=on", ""), ("extended_l2=on", "-c")]
+    {
         let scratch = three(shape, "11 11 -- 11 11 --", "11 22 22 22 -- --", "-- -- -- 77 -- --");
+        if !compress.is_empty() {
+            scratch.qemu_io("qcow2", "cow.qcow2", &["write -P 0x71 70k 2k", "write -z 264k 4k"]);
+        }
         let before = std::fs::read(scratch.path("cow.qcow2")).unwrap();
         let read = |arguments: &str| -> serde_json::Value {
             serde_json::from_str(
-                &scratch.rebasefs(&format!("rebase {arguments} --output=json -b new cow.qcow2")),
+                &scratch.rebasefs(&format!("rebase {arguments} {compress} --output=json -b new cow.qcow2")),
             )
             .unwrap()
         };

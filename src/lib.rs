@@ -59,7 +59,7 @@
 //! use rebasefs::file::{Access, LocalFile};
 //! use rebasefs::layer::qcow2::create::{Spec, create};
 //! use rebasefs::layer::{GuestOffset, Reference};
-//! use rebasefs::rebase::{Mode, Progress, Request, rebase};
+//! use rebasefs::rebase::{Progress, Request, rebase};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! # let directory = tempfile::tempdir()?;
@@ -80,7 +80,7 @@
 //! assert_eq!(bytes, [0x11; 512]);
 //!
 //! // It stands on the second disk now, and its guest sees the same.
-//! let request = Request { backing: Some(named("new.img")), mode: Mode::Safe, verify: false };
+//! let request = Request { backing: Some(named("new.img")), ..Request::default() };
 //! let (chain, report) = rebase(&chain, &opener, &request, &Progress::default())?;
 //! chain.read_at(GuestOffset(0x8000), &mut bytes)?;
 //! assert_eq!(bytes, [0x11; 512]);

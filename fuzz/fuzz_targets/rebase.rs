@@ -33,6 +33,7 @@ mod ask {
     /// Damaged refcounts are repaired before: sound images of a shape that no program makes.
     pub const REPAIR: u8 = 1 << 3;
     pub const RECLAIM: u8 = 1 << 4;
+    pub const COMPRESS: u8 = 1 << 5;
 }
 
 /// The new backing file: the engine opens it by its name.
@@ -83,6 +84,7 @@ impl Case {
             backing: (asked & ask::FLATTEN == 0).then_some(backing),
             mode: if asked & ask::UNSAFE == 0 { Mode::Safe } else { Mode::Unsafe },
             verify: asked & ask::VERIFY != 0,
+            compress: asked & ask::COMPRESS != 0,
         };
         let mut case = Self {
             asked,

@@ -161,6 +161,10 @@ pub trait Overlay: Send + Sync {
     /// The smallest number of bytes that can be held by themselves: a cluster or subcluster.
     fn unit(&self) -> u64;
 
+    /// The number of bytes, one unit or several, that is best compared and filled in one piece
+    /// where all of it is missing: more than a unit only if whole clusters can be compressed.
+    fn whole(&self) -> u64;
+
     /// The end of the largest view in bytes: the virtual size, or that of a larger snapshot.
     fn end(&self) -> u64;
 

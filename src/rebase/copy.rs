@@ -15,7 +15,7 @@ use crate::error::{Context, Error, Result};
 use crate::file::AlignedBuffer;
 use crate::layer::{Content, GuestOffset, Overlay};
 
-/// Bytes that a worker compares at once, or one unit if that is more.
+/// Bytes that a worker compares at once, or what is filled as a whole if that is more.
 const PIECE: u64 = 256 << 10;
 /// Ranges of the plan that are kept in memory, in a mebibyte.
 const MAX_REMEMBERED: usize = 64 << 10;
@@ -49,6 +49,13 @@ pub(super) fn copy_differences(
     committed?;
     let (copied, zeroed) = (job.copied.into_inner(), job.zeroed.into_inner());
     Ok(Report { missing: equal + open, equal, compared: open, copied, zeroed, reclaimed: 0 })
+}
+
+/// A part of a range in bytes from its start, and the unit in which it is compared.
+struct Part {
+    start: usize,
+    end: usize,
+    unit: usize,
 }
 
 /// What the workers share.
@@ -123,10 +130,10 @@ impl Job<'_> {
         Ok(())
     }
 
-    /// The parts of a range that are not known to be equal by their compressed payloads, in whole
-    /// units.
+    /// The parts of a range that are not known to be equal by their compressed payloads, in multiples
+    /// of what the overlay fills as a whole.
     fn without_equal_payloads(&self, range: Range, payloads: &mut Payloads) -> Result<Vec<Range>> {
-        let unit = self.overlay.unit();
+        let whole = self.overlay.whole();
         let mut rest: Vec<Range> = Vec::new();
         let mut at = range.start;
         while at < range.end {
@@ -135,8 +142,8 @@ impl Job<'_> {
                 .doing(|| "comparing compressed clusters".to_owned())?;
             let next = at + length;
             if !is_equal {
-                let start = GuestOffset(at.0 / unit * unit);
-                let end = GuestOffset(next.0.next_multiple_of(unit));
+                let start = GuestOffset(at.0 / whole * whole);
+                let end = GuestOffset(next.0.next_multiple_of(whole));
                 match rest.last_mut() {
                     Some(last) if last.end >= start => last.end = end,
                     _ => rest.push(Range { start, end }),
@@ -152,15 +159,44 @@ impl Job<'_> {
         let (old, new) = (memory.old.of_length(length), memory.new.of_length(length));
         self.read(self.old, range, old).doing(|| "reading the old backing file".to_owned())?;
         self.read(self.new, range, new).doing(|| "reading the new backing file".to_owned())?;
-        for difference in differences(old, new, self.overlay.unit() as usize) {
-            let at = range.start + difference.bytes.start as u64;
-            let content = match difference.is_zero {
-                true => Content::Zero(difference.bytes.len() as u64),
-                false => Content::Data(&old[difference.bytes]),
-            };
-            self.fill(at, content)?;
+        for Part { start, end, unit } in self.parts(range)? {
+            for difference in differences(&old[start..end], &new[start..end], unit) {
+                let bytes = start + difference.bytes.start..start + difference.bytes.end;
+                let at = range.start + bytes.start as u64;
+                let content = match difference.is_zero {
+                    true => Content::Zero(bytes.len() as u64),
+                    false => Content::Data(&old[bytes]),
+                };
+                self.fill(at, content)?;
+            }
         }
         Ok(())
+    }
+
+    /// What of a range is to be compared, and in which units. What the overlay fills as a whole is
+    /// compared as a whole where nothing of it is there; else what is missing of it, unit by unit.
+    fn parts(&self, range: Range) -> Result<Vec<Part>> {
+        let (unit, whole) = (self.overlay.unit(), self.overlay.whole());
+        if unit == whole {
+            return Ok(vec![Part { start: 0, end: range.length() as usize, unit: unit as usize }]);
+        }
+        let mut parts = Vec::new();
+        for start in (range.start.0..range.end.0).step_by(whole as usize) {
+            let end = (start + whole).min(self.overlay.end());
+            let mut at = start;
+            while at < end {
+                let missing = self.overlay.missing_at(GuestOffset(at), end - at)?;
+                let is_whole = at == start && at + missing.length == end;
+                let unit = if is_whole { whole } else { unit };
+                let next = (at + missing.length).next_multiple_of(unit);
+                if missing.is_missing {
+                    let within = |at: u64| (at - range.start.0) as usize;
+                    parts.push(Part { start: within(at), end: within(next), unit: unit as usize });
+                }
+                at = next;
+            }
+        }
+        Ok(parts)
     }
 
     /// Reads what a chain has in a range; zeros behind the end of the overlay, where the last

@@ -35,17 +35,18 @@ use crate::layer::qcow2::{Qcow2, Writer};
 use crate::layer::{Format, Layer, Overlay, Reference};
 
 /// Whether the guest-visible bytes are kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mode {
     /// Old and new backing file are compared, what differs is copied.
+    #[default]
     Safe,
     /// Only the reference changes (`qemu-img rebase -u`): for a backing file that was moved or
     /// renamed.
     Unsafe,
 }
 
-/// What is asked for.
-#[derive(Clone, Debug)]
+/// What is asked for: by default, to flatten safely.
+#[derive(Clone, Debug, Default)]
 pub struct Request {
     /// The new backing file; `None` flattens. A missing format is recognised and recorded.
     pub backing: Option<Reference>,
@@ -54,6 +55,8 @@ pub struct Request {
     /// Whether to compare all that the image will read as with what it reads as now, before the
     /// swap.
     pub verify: bool,
+    /// Whether what is copied as data is stored as compressed clusters, as far as it shrinks.
+    pub compress: bool,
 }
 
 /// What a rebase did, in bytes of guest address space.
@@ -90,13 +93,13 @@ pub fn rebase(
     let lock = WriteLock::take(top, opener)?;
     // As it is now: an earlier rebase of this chain that was stopped has written to it.
     let mut image = image.reopen()?;
-    let mut writer = Writer::open(&image)?;
+    let mut writer = open_writer(&image, request)?;
     writer.check_backing(target.backing.as_ref())?;
     let report = match request.mode {
         Mode::Safe => {
             if image.is_dirty() {
                 image = recover(&image)?;
-                writer = Writer::open(&image)?;
+                writer = open_writer(&image, request)?;
             }
             writer.check_tables()?;
             let old = chain.below(0);
@@ -114,6 +117,12 @@ pub fn rebase(
     progress.enter(Phase::Done);
     drop(lock);
     Ok((target.chain.under(Arc::new(image.reopen()?)), report))
+}
+
+/// Writes the image as the request wants it.
+fn open_writer(image: &Qcow2, request: &Request) -> Result<Writer> {
+    let writer = Writer::open(image)?;
+    if request.compress { writer.compressing() } else { Ok(writer) }
 }
 
 fn overlay_of(top: &Arc<dyn Layer>) -> Result<&Qcow2> {

@@ -38,8 +38,9 @@ pub struct Options {
     /// free its space
     #[arg(long, conflicts_with_all = ["is_unsafe", "dry_run"])]
     pub reclaim: bool,
-    #[arg(short, long, hide = true)]
-    compress: bool,
+    /// Store what is copied as compressed clusters, as far as it shrinks
+    #[arg(short, long)]
+    pub compress: bool,
 }
 
 impl Options {
@@ -53,10 +54,6 @@ impl Options {
     /// # Errors
     /// No backing file is named, or what cannot be done is asked for.
     pub fn request(&self) -> Result<Request> {
-        if self.compress {
-            let error = Error::unsupported("-c is not supported: what is copied is stored as it is");
-            return Err(error.hint("compress afterwards with `qemu-img convert -c`"));
-        }
         // qemu-img removes the backing file then, silently in unsafe mode.
         let Some(name) = &self.backing else {
             let error = Error::invalid("no backing file given");
@@ -67,6 +64,7 @@ impl Options {
             backing: (!name.is_empty()).then(reference),
             mode: if self.is_unsafe { Mode::Unsafe } else { Mode::Safe },
             verify: self.verify,
+            compress: self.compress,
         })
     }
 }

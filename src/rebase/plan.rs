@@ -9,7 +9,8 @@ use crate::chain::{Chain, Source};
 use crate::error::Result;
 use crate::layer::{Detail, GuestOffset, Overlay};
 
-/// A range of guest bytes: begins at a multiple of the overlay's unit and ends at one.
+/// A range of guest bytes: begins at a multiple of what the overlay fills as a whole and ends at
+/// one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Range {
     pub start: GuestOffset,
@@ -39,26 +40,32 @@ pub(super) struct Plan<'a> {
     overlay: &'a dyn Overlay,
     old: Sources<'a>,
     new: Sources<'a>,
-    /// The longest piece in bytes, a multiple of the unit.
+    /// Bytes that are looked at together where any of them needs a look.
+    whole: u64,
+    /// The longest piece in bytes, a multiple of `whole`.
     piece: u64,
     at: GuestOffset,
     /// End of the run of missing bytes that `at` lies in.
     missing_end: GuestOffset,
     /// Missing bytes met so far that are equal by metadata.
     equal: u64,
+    /// How many of these lie in the whole that `at` lies in.
+    equal_here: u64,
 }
 
 impl<'a> Plan<'a> {
-    /// A plan in pieces of at most `piece` bytes, or one unit if that is more.
+    /// A plan in pieces of at most `piece` bytes, or what is filled as a whole if that is more.
     pub fn new(overlay: &'a dyn Overlay, old: &'a Chain, new: &'a Chain, piece: u64) -> Self {
         Self {
             overlay,
             old: Sources::new(old),
             new: Sources::new(new),
-            piece: piece.next_multiple_of(overlay.unit()),
+            whole: overlay.whole(),
+            piece: piece.next_multiple_of(overlay.whole()),
             at: GuestOffset(0),
             missing_end: GuestOffset(0),
             equal: 0,
+            equal_here: 0,
         }
     }
 
@@ -84,7 +91,7 @@ impl<'a> Plan<'a> {
 
     /// The next range that needs a look.
     pub fn next_piece(&mut self) -> Result<Option<Range>> {
-        let unit = self.overlay.unit();
+        let whole = self.whole;
         let mut found: Option<Range> = None;
         while self.at.0 < self.overlay.end() {
             let limit = found.map_or(u64::MAX, |range| boundary_behind(range.start, self.piece));
@@ -93,25 +100,38 @@ impl<'a> Plan<'a> {
             }
             let (verdict, length) = self.look()?;
             if verdict != Verdict::Open {
-                self.equal += if verdict == Verdict::Equal { length } else { 0 };
-                self.at = self.at + length;
+                self.pass(length, verdict == Verdict::Equal);
                 continue;
             }
-            // A unit in which anything is open is looked at as a whole.
-            let start = GuestOffset(self.at.0 / unit * unit);
+            // Where anything is open, all is looked at that is filled together with it.
+            let start = GuestOffset(self.at.0 / whole * whole);
             let range = match found {
                 None => Range { start, end: start },
                 Some(range) if range.end >= start => range,
                 Some(_) => break,
             };
-            // What was equal before it in that unit is looked at as well.
-            self.equal = self.equal.saturating_sub(self.at - range.end.max(start));
+            // What was equal before it there is looked at as well.
+            self.equal -= std::mem::take(&mut self.equal_here);
             let end =
-                (self.at.0 + length).next_multiple_of(unit).min(boundary_behind(range.start, self.piece));
+                (self.at.0 + length).next_multiple_of(whole).min(boundary_behind(range.start, self.piece));
             found = Some(Range { end: GuestOffset(end), ..range });
             self.at = GuestOffset(end);
         }
         Ok(found)
+    }
+
+    /// Goes on behind `length` bytes that need no look.
+    fn pass(&mut self, length: u64, is_equal: bool) {
+        let end = self.at + length;
+        let start_of_whole = GuestOffset(end.0 / self.whole * self.whole);
+        if start_of_whole > self.at {
+            self.equal_here = 0;
+        }
+        if is_equal {
+            self.equal += length;
+            self.equal_here += end - start_of_whole.max(self.at);
+        }
+        self.at = end;
     }
 
     /// What metadata says of the bytes at `at`, and for how many of them.

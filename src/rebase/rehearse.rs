@@ -37,7 +37,7 @@ pub fn rehearse(chain: &Chain, opener: &Opener, request: &Request, progress: &Pr
     // As it is now: an earlier rebase of this chain that was stopped has written to it.
     let image = super::qcow2_of(top)?.reopen()?;
     let target = Target::open(top, opener, request)?;
-    let writer = Writer::open(&image)?;
+    let writer = super::open_writer(&image, request)?;
     writer.check_backing(target.backing.as_ref())?;
     writer.check_tables()?;
     let notes = Notes { overlay: &writer, ranges: Mutex::default() };
@@ -68,6 +68,10 @@ impl Notes<'_> {
 impl Overlay for Notes<'_> {
     fn unit(&self) -> u64 {
         self.overlay.unit()
+    }
+
+    fn whole(&self) -> u64 {
+        self.overlay.whole()
     }
 
     fn end(&self) -> u64 {

@@ -163,6 +163,17 @@ impl L2Entry {
         Ok(Cluster::Compressed { at: HostOffset(at), size: size as u32 })
     }
 
+    /// The entry of a compressed cluster that has `length` bytes at `at`; `None` if that is too far
+    /// into the file for an entry.
+    pub fn compressed(header: &Header, at: HostOffset, length: u64) -> Option<Self> {
+        let x = 62 - (header.cluster_bits - 8);
+        if at.0 >> x.min(56) != 0 {
+            return None;
+        }
+        let sectors = (at.0 + length - 1) / 512 - at.0 / 512;
+        Some(Self { word: COMPRESSED | sectors << x | at.0, bitmap: 0 })
+    }
+
     fn corrupt(self, what: &str) -> Error {
         let Self { word, bitmap } = self;
         let bitmap = if bitmap == 0 { String::new() } else { format!(" {bitmap:#018x}") };
@@ -211,6 +222,21 @@ mod tests {
                 Err(_) => {}
             }
             let _ = l2_table(entry.word, &header);
+        }
+
+        #[test]
+        fn compressed_entries_say_what_went_in(header in headers(), at in 1..1u64 << 57, part in 1..=1000u64) {
+            prop_assume!(!header.has_data_file());
+            let length = (header.cluster_size() * part / 1000).clamp(1, header.cluster_size() - 1);
+            let Some(entry) = L2Entry::compressed(&header, HostOffset(at), length) else {
+                prop_assert!(at >> 49 != 0);
+                return Ok(());
+            };
+            let Ok(Cluster::Compressed { at: found, size }) = entry.decode(&header) else {
+                return Err(TestCaseError::fail("not compressed"));
+            };
+            prop_assert_eq!(found, HostOffset(at));
+            prop_assert!((length..length + 512).contains(&u64::from(size)));
         }
 
         #[test]

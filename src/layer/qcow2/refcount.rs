@@ -79,6 +79,8 @@ pub struct Refcounts {
     moved_from: Option<(HostOffset, u64)>,
     /// No cluster below this one is free.
     first_free: u64,
+    /// Where the last allocation of bytes ended, if that cluster has room left.
+    byte_end: Option<HostOffset>,
 }
 
 impl Refcounts {
@@ -97,6 +99,7 @@ impl Refcounts {
             new_entries: Vec::new(),
             moved_from: None,
             first_free: 0,
+            byte_end: None,
         })
     }
 
@@ -135,6 +138,49 @@ impl Refcounts {
         Ok((HostOffset(start << self.cluster_bits), taken))
     }
 
+    /// Takes `length` bytes, fewer than a cluster has, for a compressed cluster, and raises the
+    /// refcount of each host cluster that they touch by `count`: behind the bytes that were taken
+    /// last, where there is room, so that several share a host cluster.
+    pub fn allocate_bytes(&mut self, length: u64, count: u64) -> Result<HostOffset> {
+        let behind = self.byte_end;
+        let at = match behind {
+            Some(end) if self.extend(end, length, count)? => end,
+            _ => self.allocate(1, count)?.0,
+        };
+        let end = at + length;
+        self.byte_end = (!end.0.is_multiple_of(1 << self.cluster_bits)).then_some(end);
+        Ok(at)
+    }
+
+    /// Counts `length` bytes from `end` on, if they fit into that cluster and, where one is needed,
+    /// a free one behind it.
+    fn extend(&mut self, end: HostOffset, length: u64, count: u64) -> Result<bool> {
+        let (cluster, last) = self.touched(end, length);
+        let shared = self.count(cluster)?;
+        if shared.checked_add(count).is_none_or(|sum| sum > self.max()) {
+            return Ok(false);
+        }
+        if last > cluster {
+            if !self.is_covered(last) || self.count(last)? != 0 {
+                return Ok(false);
+            }
+            self.set(last, count)?;
+        }
+        self.set(cluster, shared + count)?;
+        Ok(true)
+    }
+
+    /// Gives back what [`allocate_bytes`](Self::allocate_bytes) took.
+    pub fn release_bytes(&mut self, at: HostOffset, length: u64, count: u64) -> Result<()> {
+        let (first, last) = self.touched(at, length);
+        self.release(HostOffset(first << self.cluster_bits), last - first + 1, count)
+    }
+
+    /// The first and the last cluster of so many bytes.
+    fn touched(&self, at: HostOffset, length: u64) -> (u64, u64) {
+        (at.0 >> self.cluster_bits, (at.0 + length - 1) >> self.cluster_bits)
+    }
+
     /// Lowers the refcount of the clusters at `at` by `count`. To be called only once no durable
     /// pointer needs them any more (invariants I2 and I4), or if none ever pointed to them.
     pub fn release(&mut self, at: HostOffset, clusters: u64, count: u64) -> Result<()> {
@@ -149,6 +195,8 @@ impl Refcounts {
             self.set(cluster, after)?;
             if after == 0 {
                 self.first_free = self.first_free.min(cluster);
+                // Whoever gets it next has it alone.
+                self.byte_end = self.byte_end.filter(|end| end.0 >> self.cluster_bits != cluster);
             }
         }
         Ok(())

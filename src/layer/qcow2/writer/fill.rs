@@ -4,6 +4,7 @@
 //! the content, stage the entries. Metadata changes in memory only; when it is written, and in
 //! which order, is the writer's business.
 
+use super::compress::Deflated;
 use super::{REPAIR, State, Writer};
 use crate::error::{Context, Error, Result};
 use crate::file::HostOffset;
@@ -12,37 +13,47 @@ use crate::layer::{Filled, GuestOffset};
 
 /// One host cluster that gets content, and the L2 entries that will point to it.
 #[derive(Debug)]
-struct Placement {
+pub(super) struct Placement {
     /// The guest cluster.
-    at: GuestOffset,
-    /// The host cluster.
-    host: HostOffset,
+    pub at: GuestOffset,
+    /// The host cluster, or where in it a compressed one begins.
+    pub host: HostOffset,
     /// Bit n: subcluster n gets content.
-    subclusters: u32,
+    pub subclusters: u32,
     /// The entry that all of `tables` have now, and the one that they will have.
-    before: L2Entry,
-    after: L2Entry,
-    tables: Vec<HostOffset>,
+    pub before: L2Entry,
+    pub after: L2Entry,
+    pub tables: Vec<HostOffset>,
     /// How many L1 tables lead to the cluster in all.
-    owners: u64,
-    origin: Origin,
+    pub owners: u64,
+    pub origin: Origin,
+}
+
+impl Placement {
+    pub fn is_compressed(&self) -> bool {
+        matches!(self.origin, Origin::Compressed { .. })
+    }
 }
 
 /// Where the host cluster of a [`Placement`] comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Origin {
+pub(super) enum Origin {
     /// It was the entry's already; some of its subclusters were not in use.
     InPlace,
     /// It was free.
     Fresh,
+    /// So many bytes that were free, for a compressed cluster.
+    Compressed { length: u64 },
     /// It is a part of an external data file, where clusters are not counted.
     External,
 }
 
 /// Guest bytes to be filled in.
-struct Filling<'a> {
+pub(super) struct Filling<'a> {
     start: GuestOffset,
     bytes: &'a [u8],
+    /// Of the clusters that are to be compressed.
+    pub payloads: Deflated,
 }
 
 impl Filling<'_> {
@@ -53,10 +64,10 @@ impl Filling<'_> {
 }
 
 /// L2 tables that have the same entry for a guest cluster, and how many L1 tables lead there.
-struct Group {
-    entry: L2Entry,
-    tables: Vec<HostOffset>,
-    owners: u64,
+pub(super) struct Group {
+    pub entry: L2Entry,
+    pub tables: Vec<HostOffset>,
+    pub owners: u64,
 }
 
 impl Writer {
@@ -104,6 +115,9 @@ impl Writer {
         group: Group,
         content: &Filling<'_>,
     ) -> Result<Placement> {
+        if let Some(placement) = self.place_payload(state, at, &group, content)? {
+            return Ok(placement);
+        }
         let Group { entry: before, tables, owners } = group;
         let subclusters = self.missing_in(before, wanted)?;
         let (host, origin) = match self.host_of(before)? {
@@ -184,7 +198,7 @@ impl Writer {
         Ok(groups)
     }
 
-    fn host_of(&self, entry: L2Entry) -> Result<Option<HostOffset>> {
+    pub(super) fn host_of(&self, entry: L2Entry) -> Result<Option<HostOffset>> {
         match entry.decode(self.header()).path(self.file.path())? {
             Cluster::Standard(cluster) => Ok(cluster.host),
             Cluster::Compressed { .. } => Ok(None),
@@ -192,7 +206,7 @@ impl Writer {
     }
 
     /// Which of the `wanted` subclusters an entry leaves to the backing file.
-    fn missing_in(&self, entry: L2Entry, wanted: u32) -> Result<u32> {
+    pub(super) fn missing_in(&self, entry: L2Entry, wanted: u32) -> Result<u32> {
         match entry.decode(self.header()).path(self.file.path())? {
             Cluster::Compressed { .. } => Ok(0),
             Cluster::Standard(cluster) => Ok(cluster.unallocated() & wanted),
@@ -216,10 +230,10 @@ impl Writer {
 
     /// Writes the content of a fill to its placements: neighbours in one go.
     fn write_data(&self, content: &Filling<'_>, placements: &[Placement]) -> Result<()> {
-        let Filling { start, bytes } = *content;
+        let Filling { start, bytes, .. } = *content;
         let size = self.header().cluster_size() / u64::from(SUBCLUSTERS);
         let mut pending: Option<(HostOffset, usize, usize)> = None;
-        for placement in placements {
+        for placement in placements.iter().filter(|placement| !placement.is_compressed()) {
             for (first, count) in runs(placement.subclusters) {
                 let within = u64::from(first) * size;
                 let host = placement.host + within;
@@ -252,7 +266,7 @@ impl Writer {
     }
 
     pub(super) fn fill_data(&self, at: GuestOffset, bytes: &[u8]) -> Result<Filled> {
-        let content = Filling { start: at, bytes };
+        let content = Filling { start: at, bytes, payloads: self.deflate(at, bytes) };
         let mut placements = Vec::new();
         let placed = {
             let state = &mut *self.state();
@@ -261,7 +275,9 @@ impl Writer {
                 Ok(())
             })
         };
-        let written = placed.and_then(|()| self.write_data(&content, &placements));
+        let written = placed
+            .and_then(|()| self.write_data(&content, &placements))
+            .and_then(|()| self.write_payloads(&content, &placements));
         let mut filled = Filled::default();
         let overtaken = {
             let state = &mut *self.state();
@@ -348,6 +364,9 @@ impl State {
     fn undo(&mut self, placement: &Placement) -> Result<()> {
         match placement.origin {
             Origin::Fresh => self.refcounts.release(placement.host, 1, placement.owners),
+            Origin::Compressed { length } => {
+                self.refcounts.release_bytes(placement.host, length, placement.owners)
+            }
             Origin::InPlace | Origin::External => Ok(()),
         }
     }

@@ -3,8 +3,10 @@
 //! Owns the order of writes. Data goes to its place at once; refcounts, L2 and L1 tables change in
 //! memory and reach the file in [`commit`](Overlay::commit): first what nothing points to yet, then
 //! a barrier, then the pointers. So a cut at any point leaves leaked clusters at most. What is put
-//! where is decided in `fill`, what is given up in `forget`, the tables in memory are in `staged`, the header swap in `swap`; what must not overlap in `structures`.
+//! where is decided in `fill` and `compress`, what is given up in `forget`, the tables in memory are in
+//! `staged`, the header swap in `swap`; what must not overlap in `structures`.
 
+mod compress;
 mod fill;
 mod forget;
 mod staged;
@@ -16,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use self::forget::Forgotten;
 use self::staged::{Staged, View};
 use super::entry::SUBCLUSTERS;
-use super::header::{Header, autoclear, field, incompatible};
+use super::header::{Compression, Header, autoclear, field, incompatible};
 use super::refcount::{Refcounts, Write};
 use super::{Preamble, Qcow2, check};
 use crate::error::{Context, Error, Result};
@@ -37,6 +39,8 @@ pub struct Writer {
     preamble: Preamble,
     /// The active disk first.
     views: Vec<Qcow2>,
+    /// How what is filled in is compressed, if it is.
+    compression: Option<Compression>,
     state: Mutex<State>,
 }
 
@@ -71,7 +75,14 @@ impl Writer {
             forgotten: Forgotten::default(),
             is_committing: false,
         };
-        Ok(Self { data_file: image.data_file().clone(), file, preamble, views, state: Mutex::new(state) })
+        Ok(Self {
+            data_file: image.data_file().clone(),
+            file,
+            preamble,
+            views,
+            compression: None,
+            state: Mutex::new(state),
+        })
     }
 
     fn header(&self) -> &Header {
@@ -155,6 +166,10 @@ impl Overlay for Writer {
         } else {
             header.cluster_size()
         }
+    }
+
+    fn whole(&self) -> u64 {
+        if self.compression.is_some() { self.header().cluster_size() } else { self.unit() }
     }
 
     fn end(&self) -> u64 {
