@@ -13,6 +13,7 @@ mod create;
 mod failing;
 mod hostile;
 mod info;
+mod interrupted;
 mod kill;
 mod locks;
 mod map;

@@ -202,18 +202,23 @@ pub fn redirect(source: BorrowedFd<'_>, target: RawFd) -> io::Result<()> {
 pub struct StopSignals(libc::sigset_t);
 
 impl StopSignals {
-    /// Blocks the three in this thread and in all that it starts afterwards.
+    /// Blocks the three in this thread and in all that it starts afterwards; but those that the
+    /// process ignores (`nohup`) stay ignored.
     pub fn block() -> io::Result<Self> {
         // SAFETY: `set` is initialised by sigemptyset before any other use.
-        unsafe {
+        let set = unsafe {
             let mut set: libc::sigset_t = std::mem::zeroed();
             check(libc::sigemptyset(&raw mut set))?;
             for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
-                check(libc::sigaddset(&raw mut set, signal))?;
+                if !is_ignored(signal)? {
+                    check(libc::sigaddset(&raw mut set, signal))?;
+                }
             }
-            check(libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()))?;
-            Ok(Self(set))
-        }
+            set
+        };
+        let signals = Self(set);
+        signals.mask(libc::SIG_BLOCK)?;
+        Ok(signals)
     }
 
     /// Waits until one of them arrives and returns its number.
@@ -223,6 +228,27 @@ impl StopSignals {
         while unsafe { libc::sigwait(&raw const self.0, &raw mut signal) } != 0 {}
         signal
     }
+
+    /// Lets them do from now on what they do by default, in this thread: they end the process.
+    pub fn unblock(&self) -> io::Result<()> {
+        self.mask(libc::SIG_UNBLOCK)
+    }
+
+    fn mask(&self, how: libc::c_int) -> io::Result<()> {
+        // SAFETY: the set is initialised; no old mask is asked for.
+        match unsafe { libc::pthread_sigmask(how, &raw const self.0, std::ptr::null_mut()) } {
+            0 => Ok(()),
+            errno => Err(io::Error::from_raw_os_error(errno)),
+        }
+    }
+}
+
+fn is_ignored(signal: libc::c_int) -> io::Result<bool> {
+    // SAFETY: `sigaction` is plain old data; all zeros is a valid value.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    // SAFETY: no action is set, and `action` is valid for the call to write.
+    check(unsafe { libc::sigaction(signal, std::ptr::null(), &raw mut action) })?;
+    Ok(action.sa_sigaction == libc::SIG_IGN)
 }
 
 /// Takes a mount out of the directory tree although it is in use (`MNT_DETACH`).

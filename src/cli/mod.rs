@@ -12,6 +12,7 @@ mod options;
 mod print;
 mod rebase;
 mod size;
+mod stop;
 
 use std::ffi::OsString;
 use std::process::ExitCode;

@@ -2,15 +2,17 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
 use clap::Args;
 
 use super::options::{Opening, Output, Refused};
+use super::stop::{self, Stop};
 use super::{print, size};
 use crate::chain::Chain;
-use crate::error::{Context, Result};
+use crate::error::{Context, ErrorKind, Result};
 use crate::file::{Access, CacheMode};
 use crate::layer::Format;
 use crate::rebase::{Copied, Mode, Options, Progress, Rehearsal, Report, rebase, reclaim, rehearse};
@@ -18,7 +20,7 @@ use crate::rebase::{Copied, Mode, Options, Progress, Rehearsal, Report, rebase, 
 /// Give an image another backing file and keep every guest-visible byte
 ///
 /// Old and new backing file are compared, what differs is copied into the image, then the header
-/// names the new one. If it is stopped at any moment, the image is whole; start it again.
+/// names the new one. If it is stopped at any moment (Ctrl-C), the image is whole; start it again.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   rebasefs rebase -b new.img -F raw cow.qcow2     another backing file
@@ -57,7 +59,8 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
         log::warn!("cache mode unsafe: if the machine stops before all is on disk, the image is lost");
     }
     let opener = arguments.opening.opener().caching(arguments.cache, options.backing_cache);
-    let (image, progress) = (&arguments.image, Progress::default());
+    let (image, progress) = (&arguments.image, Arc::new(Progress::default()));
+    let stop = Stop::watch(progress.clone())?;
     let access = if options.dry_run { Access::ReadOnly } else { Access::ReadWrite };
     let chain = match request.mode {
         Mode::Safe => opener.chain(image, arguments.format, access)?,
@@ -75,13 +78,33 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
         }
     };
     let done = match arguments.progress && !arguments.quiet {
-        true => shown(&progress, work)?,
-        false => work()?,
+        true => shown(&progress, work),
+        false => work(),
+    };
+    let done = match (done, stop.signal()) {
+        (Err(error), Some(signal)) if error.kind() == ErrorKind::Cancelled => {
+            print::complain(&format!("rebasefs: {}: {error}", stopped(signal, &progress, options.dry_run)));
+            return Ok(stop::exit_code(signal).into());
+        }
+        (done, signal) => {
+            let done = done?;
+            if let Some(signal) = signal {
+                print::complain(&format!("rebasefs: {} came too late: it is done", stop::name(signal)));
+            }
+            done
+        }
     };
     if !arguments.quiet && request.mode == Mode::Safe {
         print_result(arguments, &done)?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// How far it came before this signal.
+fn stopped(signal: i32, progress: &Progress, is_dry_run: bool) -> String {
+    let [done, total, kept] = [progress.done(), progress.total(), progress.kept()].map(size::text);
+    let kept = if is_dry_run { String::new() } else { format!(", {kept} copied and kept") };
+    format!("{} after {done} of {total}{kept}", stop::name(signal))
 }
 
 fn print_result(arguments: &Arguments, done: &Rehearsal) -> Result<()> {

@@ -29,7 +29,7 @@ pub(super) fn copy_differences(
     new: &Chain,
     progress: &Progress,
 ) -> Result<Report> {
-    let plan = Plan::new(overlay, old, new, PIECE);
+    let plan = Plan::new(overlay, old, new, progress, PIECE);
     let Survey { equal, open, pieces } = plan.survey(MAX_REMEMBERED).doing(|| "planning".to_owned())?;
     progress.set_total(open);
     progress.enter(Phase::Copy);

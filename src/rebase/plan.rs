@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 
+use super::Progress;
 use crate::chain::{Chain, Source};
 use crate::error::Result;
 use crate::layer::{Detail, GuestOffset, Overlay};
@@ -40,6 +41,7 @@ pub(super) struct Plan<'a> {
     overlay: &'a dyn Overlay,
     old: Sources<'a>,
     new: Sources<'a>,
+    progress: &'a Progress,
     /// Bytes that are looked at together where any of them needs a look.
     whole: u64,
     /// The longest piece in bytes, a multiple of `whole`.
@@ -55,11 +57,18 @@ pub(super) struct Plan<'a> {
 
 impl<'a> Plan<'a> {
     /// A plan in pieces of at most `piece` bytes, or what is filled as a whole if that is more.
-    pub fn new(overlay: &'a dyn Overlay, old: &'a Chain, new: &'a Chain, piece: u64) -> Self {
+    pub fn new(
+        overlay: &'a dyn Overlay,
+        old: &'a Chain,
+        new: &'a Chain,
+        progress: &'a Progress,
+        piece: u64,
+    ) -> Self {
         Self {
             overlay,
             old: Sources::new(old),
             new: Sources::new(new),
+            progress,
             whole: overlay.whole(),
             piece: piece.next_multiple_of(overlay.whole()),
             at: GuestOffset(0),
@@ -98,6 +107,8 @@ impl<'a> Plan<'a> {
             if self.at.0 >= limit {
                 break;
             }
+            // Metadata alone can be gigabytes.
+            self.progress.stop_if_cancelled()?;
             let (verdict, length) = self.look()?;
             if verdict != Verdict::Open {
                 self.pass(length, verdict == Verdict::Equal);
@@ -260,7 +271,7 @@ mod tests {
     #[test]
     fn pieces_are_the_same_however_few_of_them_are_remembered() {
         let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("cow");
+        let (path, progress) = (directory.path().join("cow"), Progress::default());
         let spec = Spec { size: 32 * CLUSTER, ..Spec::default() };
         create(&LocalFile::create(&path).unwrap(), None, &spec).unwrap();
         let image = Opener::new().layer(&path, None, Access::ReadWrite).unwrap();
@@ -271,7 +282,7 @@ mod tests {
         // Clusters of data in both are open, too; a piece ends at a multiple of four clusters.
         let expected = vec![(1, 4), (4, 6), (9, 10), (12, 15), (16, 17), (30, 32)];
         for remembered in [0, 1, 2, 3, 100] {
-            let plan = Plan::new(&overlay, &old, &new, 4 * CLUSTER);
+            let plan = Plan::new(&overlay, &old, &new, &progress, 4 * CLUSTER);
             let Survey { equal, open, mut pieces } = plan.survey(remembered).unwrap();
             assert_eq!((equal, open), (20 * CLUSTER, 12 * CLUSTER));
             let found: Vec<_> = std::iter::from_fn(|| pieces.next().unwrap()).map(bytes).collect();

@@ -38,7 +38,9 @@ pub fn reclaim(
     writer.commit()?;
     publish(below.under(Arc::new(image.reopen()?)))?;
     writer.free_forgotten().doing(|| "freeing clusters".to_owned())?;
-    progress.enter(Phase::Done);
+    if dropped.is_ok() {
+        progress.enter(Phase::Done);
+    }
     dropped
 }
 
