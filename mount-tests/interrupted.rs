@@ -6,14 +6,14 @@ use std::process::{Child, Command, Stdio};
 
 use crate::mounted::wait_until;
 use crate::scratch::{Scratch, rebasefs};
-use crate::traced::{At, on_one_processor};
+use crate::traced::{At, injecting, on_one_processor};
 
 const CLUSTER: usize = 65536;
 const CLUSTERS: usize = 256;
 const REBASE: &str = "rebase -b new.raw -F raw cow.qcow2";
 
 /// An image that stands on 16 MiB, all of which `new.raw` has otherwise.
-fn large() -> Scratch {
+pub fn large() -> Scratch {
     let s = Scratch::new();
     s.draw_raw("base.raw", CLUSTER, &"11 ".repeat(CLUSTERS));
     s.draw_raw("new.raw", CLUSTER, &"22 ".repeat(CLUSTERS));
@@ -23,11 +23,17 @@ fn large() -> Scratch {
 
 /// Starts a rebase, each such call of which takes so many milliseconds longer. Signals do to it what
 /// they do by default, also where whoever runs the tests ignores them.
-fn slow(s: &Scratch, system_call: &str, milliseconds: usize) -> Child {
-    let inject = format!("inject={system_call}:delay_enter={}", milliseconds * 1000);
+fn slow(s: &Scratch, system_call: &str, milliseconds: u32) -> Child {
+    started(
+        s,
+        "--default-signal=INT,TERM,HUP",
+        &injecting(system_call, &format!("delay_enter={milliseconds}ms")),
+    )
+}
+
+fn started(s: &Scratch, signals: &str, trace: &[String]) -> Child {
     let mut rebase = Command::new("env");
-    rebase.args(["--default-signal=INT,TERM,HUP", "strace", "-D", "-f", "-qq", "-o", "/dev/null", "-e"]);
-    rebase.args([&format!("trace={system_call}"), "-e", &inject, rebasefs()]).args(REBASE.split(' '));
+    rebase.args([signals, "strace", "-D"]).args(trace).arg(rebasefs()).args(REBASE.split(' '));
     rebase.current_dir(s.path("")).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
@@ -176,21 +182,7 @@ fn after_the_header_swap_it_is_done() {
 #[test]
 fn an_ignored_signal_stops_nothing() {
     let s = large();
-    let inject = "inject=pwrite64:delay_enter=10000";
-    let mut rebase = Command::new("env");
-    rebase.args([
-        "--ignore-signal=INT",
-        "strace",
-        "-D",
-        "-f",
-        "-qq",
-        "-o",
-        "/dev/null",
-        "-e",
-        "trace=pwrite64",
-    ]);
-    rebase.args(["-e", inject, rebasefs()]).args(REBASE.split(' ')).current_dir(s.path(""));
-    let rebase = rebase.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let rebase = started(&s, "--ignore-signal=INT", &injecting("pwrite64", "delay_enter=10ms"));
     wait_until("something is copied", || s.path("cow.qcow2").metadata().unwrap().len() > 1 << 20);
     send("INT", &rebase);
     let (code, _, said) = ended(rebase);

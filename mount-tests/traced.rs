@@ -26,22 +26,36 @@ impl At {
 
     /// Lays the trap for a process that runs. Each of its threads counts for itself.
     pub fn attach(self, process: u32) {
-        let mut strace = Command::new("strace");
-        let strace = strace.args(self.strace()).args(["-p", &process.to_string()]);
-        let mut strace = strace.stdin(Stdio::null()).stderr(Stdio::null()).spawn().expect(MISSING);
-        // It ends with the process.
-        std::thread::spawn(move || strace.wait());
-        wait_until("strace is attached", || {
-            tasks(process).iter().all(|status| !status.contains("TracerPid:\t0\n"))
-        });
+        attach(&self.strace(), process);
     }
 
     fn strace(self) -> [String; 8] {
         let Self { system_call, number, signal } = self;
-        let trace = format!("trace={system_call}");
-        let inject = format!("inject={system_call}:signal=SIG{signal}:when={number}");
-        ["-f", "-qq", "-o", "/dev/null", "-e", &trace, "-e", &inject].map(str::to_owned)
+        injecting(system_call, &format!("signal=SIG{signal}:when={number}"))
     }
+}
+
+/// Lets each `system_call` of a process that runs take so much longer.
+pub fn slow_down(process: u32, system_call: &str, milliseconds: u32) {
+    attach(&injecting(system_call, &format!("delay_enter={milliseconds}ms")), process);
+}
+
+/// Arguments for strace to do this to each such call.
+pub fn injecting(system_call: &str, what: &str) -> [String; 8] {
+    let trace = format!("trace={system_call}");
+    let inject = format!("inject={system_call}:{what}");
+    ["-f", "-qq", "-o", "/dev/null", "-e", &trace, "-e", &inject].map(str::to_owned)
+}
+
+fn attach(arguments: &[String], process: u32) {
+    let mut strace = Command::new("strace");
+    let strace = strace.args(arguments).args(["-p", &process.to_string()]);
+    let mut strace = strace.stdin(Stdio::null()).stderr(Stdio::null()).spawn().expect(MISSING);
+    // It ends with the process.
+    std::thread::spawn(move || strace.wait());
+    wait_until("strace is attached", || {
+        tasks(process).iter().all(|status| !status.contains("TracerPid:\t0\n"))
+    });
 }
 
 const MISSING: &str = "strace is needed; scripts/test installs it";
