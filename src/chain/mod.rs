@@ -8,6 +8,7 @@ pub mod info;
 mod map;
 mod name;
 mod open;
+mod owners;
 mod payload;
 
 use std::sync::Arc;
@@ -18,8 +19,9 @@ pub use open::{Guess, MAX_DEPTH, Opener};
 pub use payload::Payloads;
 
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::file::{HostOffset, Identity};
+use crate::file::{Access, HostOffset, Identity};
 use crate::layer::{Detail, Extent, ExtentKind, GuestOffset, Layer};
+use owners::{FEWEST_LAYERS, Owners};
 
 /// The layers of an image, top first. Never changed once made: a rebase makes another chain.
 #[derive(Clone, Debug, Default)]
@@ -27,6 +29,8 @@ pub struct Chain {
     layers: Arc<[Arc<dyn Layer>]>,
     /// Why what the last layer stands on is not among them.
     unopened: Option<Arc<str>>,
+    /// Of a long chain, what is remembered of the layers that are not written to.
+    owners: Option<Arc<Owners>>,
 }
 
 /// Where a run of guest bytes comes from: which layer, and what that layer says.
@@ -67,14 +71,19 @@ impl Source {
 impl Chain {
     /// The chain of these layers, top first.
     pub fn new(layers: impl Into<Arc<[Arc<dyn Layer>]>>) -> Self {
-        Self { layers: layers.into(), unopened: None }
+        Self::ending(layers.into(), None)
+    }
+
+    fn ending(layers: Arc<[Arc<dyn Layer>]>, unopened: Option<Arc<str>>) -> Self {
+        let owners = (layers.len() >= FEWEST_LAYERS).then(|| Arc::new(Owners::new()));
+        Self { layers, unopened, owners }
     }
 
     /// No layers, in the place of a chain that could not be opened: what is read from it, and from
     /// a chain that stands on it, is an error and not zeros.
     #[must_use]
     pub fn unopened(why: &Error) -> Self {
-        Self { unopened: Some(why.to_string().into()), ..Self::default() }
+        Self::ending([].into(), Some(why.to_string().into()))
     }
 
     /// Why what the last layer stands on could not be opened, if so.
@@ -95,14 +104,14 @@ impl Chain {
     /// The chain below the layer at `depth`.
     #[must_use]
     pub fn below(&self, depth: usize) -> Self {
-        Self { layers: self.layers.get(depth + 1..).unwrap_or_default().into(), ..self.clone() }
+        Self::ending(self.layers.get(depth + 1..).unwrap_or_default().into(), self.unopened.clone())
     }
 
     /// This chain with `layer` on top of it.
     #[must_use]
     pub fn under(&self, layer: Arc<dyn Layer>) -> Self {
-        let layers = std::iter::once(layer).chain(self.layers.iter().cloned()).collect::<Vec<_>>();
-        Self { layers: layers.into(), ..self.clone() }
+        let layers = std::iter::once(layer).chain(self.layers.iter().cloned());
+        Self::ending(layers.collect(), self.unopened.clone())
     }
 
     /// Virtual size of the top layer in bytes, 0 without layers.
@@ -114,22 +123,56 @@ impl Chain {
     /// shorter than what could be said. Beyond the end of a layer there are zeros, which hide
     /// what the layers below hold there.
     pub fn extent_at(&self, at: GuestOffset, length: u64, detail: Detail) -> Result<Owned> {
+        let Some(owners) = &self.owners else { return self.walk(0, at, length, detail) };
+        let is_written = |layer: &&Arc<dyn Layer>| layer.file().access() == Access::ReadWrite;
+        let written = self.layers.iter().take_while(is_written).count();
         let mut length = length;
-        for (depth, layer) in self.layers.iter().enumerate() {
-            let size = layer.virtual_size();
-            if at.0 >= size {
-                // The layer is shorter than the one that asked it.
-                let extent = Extent { kind: ExtentKind::Zero(None), length };
-                return Ok(Owned { depth: Some(depth), extent });
-            }
-            let extent = layer
-                .extent_at(at, length.min(size - at.0), detail)
-                .doing(|| format!("reading layer {depth} of the chain"))?;
+        for depth in 0..written {
+            let extent = self.ask(depth, at, length, detail)?;
             if extent.kind != ExtentKind::NotMine {
                 return Ok(Owned { depth: Some(depth), extent });
             }
             length = extent.length;
         }
+        let Some(Owned { depth, extent }) = owners.find(&self.layers[written..], at, length) else {
+            return self.walk(written, at, length, detail);
+        };
+        let Some(depth) = depth.map(|depth| depth + written) else { return self.nobodys(extent.length) };
+        let extent = match (extent.kind, detail) {
+            (ExtentKind::Data(_), Detail::Holes) => self.ask(depth, at, extent.length, detail)?,
+            _ => extent,
+        };
+        Ok(Owned { depth: Some(depth), extent })
+    }
+
+    /// Asks the layers from `first` on, one after the other.
+    fn walk(&self, first: usize, at: GuestOffset, length: u64, detail: Detail) -> Result<Owned> {
+        let mut length = length;
+        for depth in first..self.layers.len() {
+            let extent = self.ask(depth, at, length, detail)?;
+            if extent.kind != ExtentKind::NotMine {
+                return Ok(Owned { depth: Some(depth), extent });
+            }
+            length = extent.length;
+        }
+        self.nobodys(length)
+    }
+
+    /// What one layer says; zeros behind its end.
+    fn ask(&self, depth: usize, at: GuestOffset, length: u64, detail: Detail) -> Result<Extent> {
+        let layer = &self.layers[depth];
+        let size = layer.virtual_size();
+        if at.0 >= size {
+            // The layer is shorter than the one that asked it.
+            return Ok(Extent { kind: ExtentKind::Zero(None), length });
+        }
+        layer
+            .extent_at(at, length.min(size - at.0), detail)
+            .doing(|| format!("reading layer {depth} of the chain"))
+    }
+
+    /// What no layer has.
+    fn nobodys(&self, length: u64) -> Result<Owned> {
         match &self.unopened {
             None => Ok(Owned { depth: None, extent: Extent { kind: ExtentKind::NotMine, length } }),
             Some(why) => Err(Error::new(ErrorKind::NotFound, format!("the chain is broken off: {why}"))),

@@ -64,6 +64,22 @@ pub enum ExtentKind {
     NotMine,
 }
 
+impl ExtentKind {
+    /// The same for what lies `bytes` further on in the extent.
+    #[must_use]
+    pub fn advanced(self, bytes: u64) -> Self {
+        match self {
+            Self::Data(host) => Self::Data(host + bytes),
+            Self::Zero(Some(host)) => Self::Zero(Some(host + bytes)),
+            // An extent of a compressed cluster never leaves the cluster.
+            Self::Compressed(place) => {
+                Self::Compressed(Compressed { skip: place.skip + bytes as u32, ..place })
+            }
+            Self::Zero(None) | Self::NotMine => self,
+        }
+    }
+}
+
 /// A place inside a compressed cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Compressed {

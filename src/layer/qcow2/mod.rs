@@ -339,8 +339,16 @@ impl Qcow2 {
         let coverage = self.header().l2_coverage();
         let limit = length.min(coverage - at.0 % coverage);
         let entry_size = self.header().l2_entry_size();
+        let (cluster, cluster_bits) = (self.header().cluster_size(), self.header().cluster_bits);
         while extent.length < limit {
-            let Some((slice, index)) = self.l2_slice(at + extent.length)? else { break };
+            let Some((slice, mut index)) = self.l2_slice(at + extent.length)? else { break };
+            if extent.kind == ExtentKind::NotMine {
+                // Most entries of a sparse disk: there is nothing to decode.
+                let empty = slice.empty_entries_from(index, entry_size);
+                index += empty;
+                let within = (at + extent.length).0 & (cluster - 1);
+                extent.length += (empty << cluster_bits).saturating_sub(within).min(limit - extent.length);
+            }
             if !self.grow_by(slice.entries_from(index, entry_size), at, limit, &mut extent) {
                 break;
             }
@@ -359,20 +367,19 @@ impl Qcow2 {
     ) -> bool {
         let cluster = self.header().cluster_size();
         for entry in entries {
+            // Nothing was asked about what follows.
+            if extent.length == limit {
+                return false;
+            }
             let next = at + extent.length;
-            // Most entries of a sparse disk: there is nothing to decode.
-            let more = if entry == L2Entry::default() && extent.kind == ExtentKind::NotMine {
-                (cluster - next.0 % cluster).min(limit - extent.length)
-            } else {
-                match self.extent_in_cluster(next, limit - extent.length, entry) {
-                    Ok(more) if continues(*extent, more.kind) => more.length,
-                    // What is wrong with a cluster is said when someone asks for it, not for what precedes it.
-                    _ => return false,
-                }
+            let more = match self.extent_in_cluster(next, limit - extent.length, entry) {
+                Ok(more) if continues(*extent, more.kind) => more.length,
+                // What is wrong with a cluster is said when someone asks for it, not for what precedes it.
+                _ => return false,
             };
             extent.length += more;
-            // Another subcluster follows, or nothing was asked about what does.
-            if extent.length == limit || !(next.0 + more).is_multiple_of(cluster) {
+            // Another subcluster follows.
+            if (next.0 + more) & (cluster - 1) != 0 {
                 return false;
             }
         }

@@ -11,7 +11,9 @@ use crate::error::Result;
 use crate::file::{HostFile, HostOffset};
 
 /// L2 tables are read and remembered in pieces of at most this many bytes.
-pub const SLICE_BYTES: u64 = 4096;
+const SLICE: usize = 16 << 10;
+/// The same, as the length of a range of a file.
+pub const SLICE_BYTES: u64 = SLICE as u64;
 
 /// What is remembered is named by the layer (a number of its own) and the host offset.
 type Key = (u64, HostOffset);
@@ -93,6 +95,13 @@ impl L2Slice {
         (index..self.words.len() as u64 * 8 / size).map(move |index| self.entry(index, size))
     }
 
+    /// How many entries from that index on are all zeros; `size` is 8 or 16 bytes.
+    pub fn empty_entries_from(&self, index: u64, size: u64) -> u64 {
+        let words = &self.words[(index * size / 8) as usize..];
+        let empty = words.iter().position(|word| *word != 0).unwrap_or(words.len());
+        empty as u64 * 8 / size
+    }
+
     /// The entry with that index in the slice; `size` is 8 or 16 bytes.
     pub fn entry(&self, index: u64, size: u64) -> L2Entry {
         if size == 8 {
@@ -106,9 +115,16 @@ impl L2Slice {
 
 /// Reads `count` big-endian 8-byte words.
 pub fn read_words(file: &dyn HostFile, at: HostOffset, count: u64) -> Result<Box<[u64]>> {
-    let mut bytes = vec![0; count as usize * 8];
-    file.read_at(at, &mut bytes)?;
-    Ok(decode_words(&bytes))
+    let bytes = count as usize * 8;
+    if bytes <= SLICE {
+        // Long chains read thousands of them.
+        let mut buffer = [0; SLICE];
+        file.read_at(at, &mut buffer[..bytes])?;
+        return Ok(decode_words(&buffer[..bytes]));
+    }
+    let mut buffer = vec![0; bytes];
+    file.read_at(at, &mut buffer)?;
+    Ok(decode_words(&buffer))
 }
 
 /// Big-endian bytes to words; what is left over at the end is ignored.

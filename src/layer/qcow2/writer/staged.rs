@@ -16,7 +16,10 @@ use crate::layer::qcow2::entry::{self, COPIED, L2Entry};
 use crate::layer::qcow2::header::Header;
 use crate::layer::qcow2::l1::L1Table;
 use crate::layer::qcow2::refcount::Write;
-use crate::layer::qcow2::table::{SLICE_BYTES, encode_words, read_words};
+use crate::layer::qcow2::table::{encode_words, read_words};
+
+/// L2 tables are changed and written in pieces of at most this many bytes.
+const SLICE_BYTES: u64 = 4096;
 
 /// The L1 table of a view.
 #[derive(Debug)]
