@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use rebasefs::error::{Error, ErrorKind, Result};
-use rebasefs::file::{Access, HostFile, HostOffset, Identity, Lock, Run};
+use rebasefs::file::{Access, HostFile, HostOffset, Identity, Lock, Run, Stamp};
 
 /// What was done to the file, in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,6 +98,10 @@ impl HostFile for MemoryFile {
 
     fn size(&self) -> u64 {
         self.0.lock().unwrap().bytes.len() as u64
+    }
+
+    fn stamp(&self) -> Result<Stamp> {
+        Ok(Stamp { size: self.size(), modified_ns: 0, inode: 1 })
     }
 
     fn allocated_bytes(&self) -> Result<u64> {

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use super::direct::Direct;
-use super::{Access, CacheMode, HostFile, HostOffset, Identity, Lock, Run, lock};
+use super::{Access, CacheMode, HostFile, HostOffset, Identity, Lock, Run, Stamp, lock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys;
 
@@ -181,6 +181,15 @@ impl HostFile for LocalFile {
 
     fn size(&self) -> u64 {
         self.size.load(Ordering::Acquire)
+    }
+
+    fn stamp(&self) -> Result<Stamp> {
+        let metadata = self.file.metadata().map_err(|e| self.failed(e, "cannot stat", 0))?;
+        // A block device says 0, and keeps the size that it had when it was opened.
+        let size = if metadata.is_file() { metadata.len() } else { self.size() };
+        let modified_ns =
+            metadata.mtime().saturating_mul(1_000_000_000).saturating_add(metadata.mtime_nsec());
+        Ok(Stamp { size, modified_ns, inode: self.identity.inode })
     }
 
     fn allocated_bytes(&self) -> Result<u64> {

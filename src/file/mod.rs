@@ -55,6 +55,17 @@ impl Identity {
     }
 }
 
+/// What changes when a file is written to or replaced, but not when it is seen from another machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stamp {
+    /// Length in bytes, as it is now.
+    pub size: u64,
+    /// When it was written to, in nanoseconds since 1970.
+    pub modified_ns: i64,
+    /// Its number on its file system.
+    pub inode: u64,
+}
+
 /// Whether the file may be written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
@@ -87,6 +98,9 @@ pub trait HostFile: fmt::Debug + Send + Sync {
 
     /// Its length in bytes: as it was when opened, and as we have changed it since.
     fn size(&self) -> u64;
+
+    /// What it looks like now, whoever has changed it.
+    fn stamp(&self) -> Result<Stamp>;
 
     /// The bytes that it takes on its file system (`st_blocks` × 512).
     fn allocated_bytes(&self) -> Result<u64>;

@@ -9,7 +9,7 @@ use std::sync::{Mutex, PoisonError};
 
 use super::compare::differences;
 use super::plan::{Pieces, Plan, Range, Survey};
-use super::{Phase, Progress, Report};
+use super::{Difference, Phase, Progress, Report};
 use crate::chain::{Chain, Payloads};
 use crate::error::{Context, Error, Result};
 use crate::file::AlignedBuffer;
@@ -22,16 +22,18 @@ const MAX_REMEMBERED: usize = 64 << 10;
 /// More workers than this fight for memory bandwidth only, and each has two buffers.
 const MAX_WORKERS: usize = 8;
 
-/// Lets the overlay hold, durably, all in which `old` and `new` differ.
+/// Lets the overlay hold, durably, all in which `old` and `new` differ. If it is `known` where that
+/// may be, the rest is not read.
 pub(super) fn copy_differences(
     overlay: &dyn Overlay,
     old: &Chain,
     new: &Chain,
+    known: Option<&Difference>,
     progress: &Progress,
 ) -> Result<Report> {
-    let plan = Plan::new(overlay, old, new, progress, PIECE);
+    let plan = Plan::new(overlay, old, new, progress, PIECE).knowing(known);
     let Survey { equal, open, pieces } = plan.survey(MAX_REMEMBERED).doing(|| "planning".to_owned())?;
-    progress.set_total(open);
+    progress.add_total(open);
     progress.enter(Phase::Copy);
     let job = Job {
         overlay,
@@ -42,7 +44,7 @@ pub(super) fn copy_differences(
         copied: AtomicU64::new(0),
         zeroed: AtomicU64::new(0),
     };
-    let copied = job.run();
+    let copied = job.run(open.div_ceil(PIECE));
     progress.enter(Phase::Commit);
     let committed = overlay.commit();
     copied?;
@@ -79,8 +81,10 @@ struct Memory {
 }
 
 impl Job<'_> {
-    fn run(&self) -> Result<()> {
-        let workers = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_WORKERS);
+    fn run(&self, pieces: u64) -> Result<()> {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        // None for whom there is nothing to do: many small rebases may run at the same time.
+        let workers = (processors.min(MAX_WORKERS) as u64).min(pieces);
         std::thread::scope(|scope| {
             for _ in 1..workers {
                 scope.spawn(|| self.work());

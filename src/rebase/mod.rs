@@ -12,7 +12,9 @@
 
 mod compare;
 mod copy;
+mod difference;
 mod figures;
+mod many;
 mod options;
 mod plan;
 mod progress;
@@ -22,6 +24,8 @@ mod verify;
 
 use std::sync::Arc;
 
+pub use difference::{ChainKey, Difference, Differences};
+pub use many::{Looked, Many, Together};
 pub use options::Options;
 pub use progress::{Phase, Progress};
 pub use reclaim::reclaim;
@@ -57,6 +61,16 @@ pub struct Request {
     pub verify: bool,
     /// Whether what is copied as data is stored as compressed clusters, as far as it shrinks.
     pub compress: bool,
+    /// Where backing files differ, found once for several rebases; `None` finds it out for this one.
+    pub differences: Option<Arc<Differences>>,
+}
+
+impl Request {
+    /// Where two chains differ, as far as others have found out or will ask again.
+    fn difference(&self, old: &Chain, new: &Chain) -> Result<Option<Arc<Difference>>> {
+        let shared = self.differences.as_ref().map(|shared| shared.between(old, new)).transpose();
+        shared.doing(|| "finding out where old and new backing file differ".to_owned())
+    }
 }
 
 /// What a rebase did, in bytes of guest address space.
@@ -103,7 +117,8 @@ pub fn rebase(
             }
             writer.check_tables()?;
             let old = chain.below(0);
-            let report = copy::copy_differences(&writer, &old, &target.chain, progress)?;
+            let known = request.difference(&old, &target.chain)?;
+            let report = copy::copy_differences(&writer, &old, &target.chain, known.as_deref(), progress)?;
             if request.verify {
                 progress.enter(Phase::Verify);
                 verify::verify(&image, &old, &target.chain, progress).doing(|| "verifying".to_owned())?;

@@ -65,6 +65,7 @@ impl Options {
             mode: if self.is_unsafe { Mode::Unsafe } else { Mode::Safe },
             verify: self.verify,
             compress: self.compress,
+            differences: None,
         })
     }
 }

@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 
-use super::Progress;
+use super::{Difference, Progress};
 use crate::chain::{Chain, Source};
 use crate::error::Result;
 use crate::layer::{Detail, GuestOffset, Overlay};
@@ -41,6 +41,8 @@ pub(super) struct Plan<'a> {
     overlay: &'a dyn Overlay,
     old: Sources<'a>,
     new: Sources<'a>,
+    /// Where they differ at most, if that is known.
+    difference: Option<&'a Difference>,
     progress: &'a Progress,
     /// Bytes that are looked at together where any of them needs a look.
     whole: u64,
@@ -68,6 +70,7 @@ impl<'a> Plan<'a> {
             overlay,
             old: Sources::new(old),
             new: Sources::new(new),
+            difference: None,
             progress,
             whole: overlay.whole(),
             piece: piece.next_multiple_of(overlay.whole()),
@@ -76,6 +79,11 @@ impl<'a> Plan<'a> {
             equal: 0,
             equal_here: 0,
         }
+    }
+
+    /// The plan when it is known already where the two chains differ at most.
+    pub fn knowing(self, difference: Option<&'a Difference>) -> Self {
+        Self { difference, ..self }
     }
 
     /// Walks to the end: how much needs a look, and how much does not. Remembers so many ranges;
@@ -156,6 +164,13 @@ impl<'a> Plan<'a> {
             self.missing_end = self.at + run.length;
         }
         let mut length = self.missing_end - self.at;
+        if let Some(difference) = self.difference {
+            let (may_differ, reach) = difference.at(self.at, length);
+            if !may_differ {
+                return Ok((Verdict::Equal, reach));
+            }
+            length = reach;
+        }
         // The cheap question first: where it is answered, nobody asks the file system.
         for detail in [Detail::Owner, Detail::Holes] {
             let old = self.old.at(self.at, length, detail)?;

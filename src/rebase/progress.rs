@@ -1,6 +1,7 @@
 //! How far a rebase has come: written by the engine, read by whoever shows it, and the way to
 //! stop it.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -60,10 +61,17 @@ pub struct Progress {
     total: AtomicU64,
     done: AtomicU64,
     kept: AtomicU64,
-    is_cancelled: AtomicBool,
+    /// Shared with those that are stopped together with this one.
+    is_cancelled: Arc<AtomicBool>,
 }
 
 impl Progress {
+    /// The progress of something else, which is stopped together with this.
+    #[must_use]
+    pub fn companion(&self) -> Self {
+        Self { is_cancelled: self.is_cancelled.clone(), ..Self::default() }
+    }
+
     /// The step that is under way.
     pub fn phase(&self) -> Phase {
         Phase::from_number(self.phase.load(Ordering::Relaxed))
@@ -85,6 +93,14 @@ impl Progress {
         self.kept.load(Ordering::Relaxed)
     }
 
+    /// How much of the work is done, from 0 to 1; 0 until the plan is made.
+    pub fn fraction(&self) -> f64 {
+        match self.total() {
+            0 => 0.0,
+            total => (self.done() as f64 / total as f64).min(1.0),
+        }
+    }
+
     /// Asks the engine to stop at the next opportunity. After the header swap it has no effect.
     pub fn cancel(&self) {
         self.is_cancelled.store(true, Ordering::Relaxed);
@@ -99,8 +115,8 @@ impl Progress {
         self.phase.store(phase as u8, Ordering::Relaxed);
     }
 
-    pub(super) fn set_total(&self, bytes: u64) {
-        self.total.store(bytes, Ordering::Relaxed);
+    pub(super) fn add_total(&self, bytes: u64) {
+        self.total.fetch_add(bytes, Ordering::Relaxed);
     }
 
     pub(super) fn advance(&self, bytes: u64) {

@@ -41,7 +41,9 @@ pub fn rehearse(chain: &Chain, opener: &Opener, request: &Request, progress: &Pr
     writer.check_backing(target.backing.as_ref())?;
     writer.check_tables()?;
     let notes = Notes { overlay: &writer, ranges: Mutex::default() };
-    let report = copy::copy_differences(&notes, &chain.below(0), &target.chain, progress)?;
+    let old = chain.below(0);
+    let known = request.difference(&old, &target.chain)?;
+    let report = copy::copy_differences(&notes, &old, &target.chain, known.as_deref(), progress)?;
     Ok(Rehearsal { report, ranges: notes.into_ranges() })
 }
 

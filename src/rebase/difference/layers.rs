@@ -1,0 +1,156 @@
+//! What a chain consists of: told apart from others while it is open, and recognised again on another
+//! day or another machine.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::chain::Chain;
+use crate::error::{Error, Result};
+use crate::file::{HostFile, HostOffset, Identity, Stamp};
+use crate::layer::{Format, Layer};
+
+/// Tells open chains apart: the same files in the same formats.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct ChainKey(Vec<(Identity, Identity, Format)>);
+
+impl ChainKey {
+    /// The key of a chain.
+    pub fn of(chain: &Chain) -> Self {
+        let key =
+            |layer: &Arc<dyn Layer>| (layer.file().identity(), layer.data_file().identity(), layer.format());
+        Self(chain.layers().iter().map(key).collect())
+    }
+
+    /// The files of the chain, top first.
+    pub fn files(&self) -> impl Iterator<Item = Identity> {
+        self.0.iter().flat_map(|(file, data_file, _)| [*file, *data_file])
+    }
+}
+
+/// The files of a chain, external data files included.
+pub(super) fn files(chain: &Chain) -> impl Iterator<Item = &Arc<dyn HostFile>> {
+    chain.layers().iter().flat_map(|layer| {
+        let data_file = layer.data_file();
+        let is_other = data_file.identity() != layer.file().identity();
+        std::iter::once(layer.file()).chain(is_other.then_some(data_file))
+    })
+}
+
+/// What the files of a chain look like now.
+pub(super) fn stamps(chain: &Chain) -> Result<Vec<Stamp>> {
+    files(chain).map(|file| file.stamp()).collect()
+}
+
+/// Samples of a file that make up its fingerprint: the first, the last, and as many between them.
+const SAMPLES: u64 = 64;
+/// Bytes of a sample.
+const SAMPLE: u64 = 4096;
+/// Bytes of the first sample: more than that, for there are the header and the small tables.
+const FIRST: u64 = 64 << 10;
+
+/// A layer, as it is recognised again.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct SavedLayer {
+    format: String,
+    /// The file, and the external data file if there is one.
+    files: Vec<SavedFile>,
+}
+
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SavedFile {
+    /// For people: on another machine it may have another one.
+    path: String,
+    size: u64,
+    modified_ns: i64,
+    inode: u64,
+    /// SHA-256 of samples, in hexadecimal.
+    fingerprint: String,
+}
+
+/// A chain as it is now.
+///
+/// # Errors
+/// A file cannot be read; or it is a block device, which nobody can tell whether it was written to.
+pub(super) fn saved(chain: &Chain) -> Result<Vec<SavedLayer>> {
+    let layer = |layer: &Arc<dyn Layer>| {
+        let one = Chain::new([layer.clone()]);
+        let files = files(&one).map(|file| SavedFile::of(&**file)).collect::<Result<_>>()?;
+        Ok(SavedLayer { format: layer.format().to_string(), files })
+    };
+    chain.layers().iter().map(layer).collect()
+}
+
+impl SavedFile {
+    fn of(file: &dyn HostFile) -> Result<Self> {
+        if file.identity().is_block_device() {
+            let what = "is a block device: nothing tells whether it has been written to since";
+            let error = Error::unsupported(what).path(file.path());
+            return Err(error.hint("a difference can be kept between regular files only"));
+        }
+        let Stamp { size, modified_ns, inode } = file.stamp()?;
+        let path = std::fs::canonicalize(file.path()).unwrap_or_else(|_| file.path().to_owned());
+        let fingerprint = fingerprint(file, size)?;
+        Ok(Self { path: path.to_string_lossy().into_owned(), size, modified_ns, inode, fingerprint })
+    }
+}
+
+/// Whether two chains begin with the same file by its inode.
+pub(super) fn have_same_top(one: &[SavedLayer], other: &[SavedLayer]) -> bool {
+    let inode = |layers: &[SavedLayer]| Some(layers.first()?.files.first()?.inode);
+    inode(one) == inode(other)
+}
+
+/// In what a chain that was saved is another one than it is now, if it is.
+pub(super) fn mismatch(was: &[SavedLayer], now: &[SavedLayer]) -> Option<String> {
+    if was.len() != now.len() {
+        return Some(format!("the chain had {} layers and has {} now", was.len(), now.len()));
+    }
+    was.iter().zip(now).find_map(|(was, now)| mismatch_of_layer(was, now))
+}
+
+fn mismatch_of_layer(was: &SavedLayer, now: &SavedLayer) -> Option<String> {
+    if was.format != now.format || was.files.len() != now.files.len() {
+        let path = now.files.first().map_or("", |file| &file.path);
+        return Some(format!("{path} was {} and is {} now", was.format, now.format));
+    }
+    was.files.iter().zip(&now.files).find_map(|(was, now)| {
+        let path =
+            if was.path == now.path { now.path.clone() } else { format!("{} (then {})", now.path, was.path) };
+        let changed = |what: &str| Some(format!("{path} {what}"));
+        if was.inode != now.inode {
+            changed("is another file (another inode)")
+        } else if was.size != now.size {
+            changed(&format!("had {} bytes and has {} now", was.size, now.size))
+        } else if was.modified_ns != now.modified_ns {
+            changed("has been written to since (another modification time)")
+        } else if was.fingerprint != now.fingerprint {
+            changed("has other content (another fingerprint)")
+        } else {
+            None
+        }
+    })
+}
+
+/// A digest of evenly spread samples, so that the cost does not grow with the file.
+fn fingerprint(file: &dyn HostFile, size: u64) -> Result<String> {
+    let mut digest = Sha256::new();
+    let last = size.saturating_sub(SAMPLE);
+    let mut buffer = vec![0; FIRST as usize];
+    for number in 0..=SAMPLES {
+        let at = (u128::from(last) * u128::from(number) / u128::from(SAMPLES)) as u64;
+        let length = if number == 0 { FIRST } else { SAMPLE };
+        let sample = &mut buffer[..length.min(size - at) as usize];
+        file.read_at(HostOffset(at), sample)?;
+        digest.update(sample);
+    }
+    Ok(hexadecimal(&digest.finalize()))
+}
+
+/// Bytes as they are written in the file.
+pub(super) fn hexadecimal(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

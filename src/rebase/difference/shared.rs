@@ -1,0 +1,158 @@
+//! What several rebases know of the differences between their backing files, found by the first of
+//! them.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::layers::{self, ChainKey};
+use super::saved::{self, Saved};
+use super::{Difference, find};
+use crate::chain::Chain;
+use crate::error::{Error, ErrorKind, Result};
+use crate::file::Stamp;
+use crate::rebase::Progress;
+
+/// Differences between chains, each found once for all who share this.
+#[derive(Debug, Default)]
+pub struct Differences {
+    /// By old and new chain.
+    known: Mutex<HashMap<(ChainKey, ChainKey), SharedEntry>>,
+    /// How far finding them has come.
+    progress: Progress,
+    /// What is not found but looked up, and in which file.
+    loaded: Option<(PathBuf, Vec<Saved>)>,
+    /// Where everything that is found is saved, and what was saved so far.
+    saving: Option<(PathBuf, Mutex<Vec<Saved>>)>,
+}
+
+/// Locked while the difference is being found.
+type SharedEntry = Arc<Mutex<Entry>>;
+
+#[derive(Debug, Default)]
+enum Entry {
+    /// Nobody has asked.
+    #[default]
+    Unknown,
+    Known(Known),
+    /// It could not be found; whoever asks next would not fare better.
+    Failed(ErrorKind, String),
+}
+
+/// A difference, as long as the files are what they were.
+#[derive(Debug)]
+struct Known {
+    difference: Arc<Difference>,
+    /// Kept open, so that the locks on them are kept.
+    chains: [Chain; 2],
+    stamps: [Vec<Stamp>; 2],
+}
+
+impl Differences {
+    /// Nothing known yet. `progress` is told how far finding them has come, and stops it.
+    pub fn new(progress: Progress) -> Self {
+        Self { progress, ..Self::default() }
+    }
+
+    /// Knows what is in this file and nothing else: whatever is not there is refused.
+    ///
+    /// # Errors
+    /// The file cannot be read, or was not written by [`saving_to`](Self::saving_to).
+    pub fn load(self, path: &Path) -> Result<Self> {
+        Ok(Self { loaded: Some((path.to_owned(), saved::load(path)?)), ..self })
+    }
+
+    /// Saves everything in this file, as soon as it is found. The file is there as a whole, or as it
+    /// was before.
+    #[must_use]
+    pub fn saving_to(self, path: &Path) -> Self {
+        Self { saving: Some((path.to_owned(), Mutex::default())), ..self }
+    }
+
+    /// Whether nothing is found here, but looked up in a file.
+    pub fn is_loaded(&self) -> bool {
+        self.loaded.is_some()
+    }
+
+    /// Whether they come from a file or go into one: then they are asked for even by one rebase alone.
+    pub fn is_kept(&self) -> bool {
+        self.loaded.is_some() || self.saving.is_some()
+    }
+
+    /// How far finding them has come.
+    pub fn progress(&self) -> &Progress {
+        &self.progress
+    }
+
+    /// Where `old` and `new` differ. The first who asks finds out, the others wait for it.
+    ///
+    /// # Errors
+    /// One of the chains cannot be read, was written to since, or is not in the file that was loaded; or
+    /// what was found cannot be saved.
+    pub fn between(&self, old: &Chain, new: &Chain) -> Result<Arc<Difference>> {
+        let keys = (ChainKey::of(old), ChainKey::of(new));
+        if keys.0 == keys.1 {
+            return Ok(Arc::default());
+        }
+        let entry = lock(&self.known).entry(keys).or_default().clone();
+        let mut entry = lock(&entry);
+        if matches!(*entry, Entry::Unknown) {
+            *entry = match self.find(old, new) {
+                Ok(known) => Entry::Known(known),
+                // Told in full to the first who asked.
+                Err(error) => {
+                    *entry = Entry::Failed(error.kind(), error.to_string());
+                    return Err(error);
+                }
+            };
+        }
+        match &*entry {
+            Entry::Known(known) => known.still(),
+            Entry::Failed(kind, text) => Err(Error::new(*kind, text.clone())),
+            Entry::Unknown => Err(Error::invalid("the difference was not found")),
+        }
+    }
+
+    /// Closes the files of these chains, unless somebody else has them open. What was found is
+    /// forgotten.
+    pub fn close(&self, old: &ChainKey, new: &ChainKey) {
+        lock(&self.known).remove(&(old.clone(), new.clone()));
+    }
+
+    fn find(&self, old: &Chain, new: &Chain) -> Result<Known> {
+        let stamps = [layers::stamps(old)?, layers::stamps(new)?];
+        let difference = match &self.loaded {
+            Some((path, saved)) => saved::choose(path, saved, old, new)?,
+            None => find::find(old, new, &self.progress)?,
+        };
+        let known = Known { difference: difference.into(), chains: [old.clone(), new.clone()], stamps };
+        let difference = known.still()?;
+        if let Some((path, all)) = &self.saving {
+            let saved = Saved::new(old, new, &difference)?;
+            known.still()?;
+            let mut all = lock(all);
+            all.push(saved);
+            saved::save(path, &all)?;
+        }
+        Ok(known)
+    }
+}
+
+impl Known {
+    /// The difference, if no file has been written to since.
+    fn still(&self) -> Result<Arc<Difference>> {
+        for (chain, stamps) in self.chains.iter().zip(&self.stamps) {
+            for (file, was) in layers::files(chain).zip(stamps) {
+                if file.stamp()? != *was {
+                    let what = "was written to while overlays were being moved from or onto it";
+                    return Err(Error::new(ErrorKind::Busy, what).path(file.path()));
+                }
+            }
+        }
+        Ok(self.difference.clone())
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
