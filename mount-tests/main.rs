@@ -16,6 +16,7 @@ mod info;
 mod interrupted;
 mod kill;
 mod locks;
+mod many;
 mod map;
 mod memory_file;
 mod mount;

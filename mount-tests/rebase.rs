@@ -51,7 +51,7 @@ fn held(scratch: &Scratch, image: &str) -> String {
     picture
 }
 
-fn backing_of(scratch: &Scratch, image: &str) -> (Option<String>, Option<String>) {
+pub fn backing_of(scratch: &Scratch, image: &str) -> (Option<String>, Option<String>) {
     let info: serde_json::Value =
         serde_json::from_str(&scratch.qemu_img(&format!("info -U --output=json {image}"))).unwrap();
     let text = |key: &str| info[key].as_str().map(str::to_owned);

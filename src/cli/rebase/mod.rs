@@ -1,0 +1,135 @@
+//! `rebasefs rebase`: the engine without a mount, with qemu-img's options. One image here, `many` of
+//! them beside it; what is printed is in `report`.
+
+mod many;
+mod report;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::Args;
+
+use super::options::{Opening, Output, Refused};
+use super::print;
+use super::stop::{self, Stop};
+use crate::chain::{Chain, Opener};
+use crate::error::{Context, ErrorKind, Result};
+use crate::file::{Access, CacheMode};
+use crate::layer::Format;
+use crate::rebase::{Mode, Options, Progress, Rehearsal, Request, rebase, reclaim, rehearse};
+
+/// Give an image another backing file and keep every guest-visible byte
+///
+/// Old and new backing file are compared, what differs is copied into the image, then the header
+/// names the new one. If it is stopped at any moment (Ctrl-C), the image is whole; start it again.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  rebasefs rebase -b new.img -F raw cow.qcow2     another backing file
+  rebasefs rebase -b \"\" cow.qcow2               no backing file any more (flatten)
+  rebasefs rebase -u -b /new/place/base.img -F raw cow.qcow2     the same file has moved
+  rebasefs rebase -b new.img *.qcow2              many images, old and new backing file compared once
+  find /vm -name '*.qcow2' -print0 | rebasefs rebase -b new.img --from-file - -0")]
+pub(super) struct Arguments {
+    #[command(flatten)]
+    options: Options,
+    /// Format of the image
+    #[arg(short, long, value_name = "FORMAT", value_parser = Format::from_name)]
+    format: Option<Format>,
+    /// Cache mode of the image: writeback, writethrough, none, directsync or unsafe
+    #[arg(short = 't', long, value_name = "CACHE", value_parser = CacheMode::from_name, default_value = "writeback")]
+    cache: CacheMode,
+    /// How to print what happened
+    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    output: Output,
+    /// Show how far it has come
+    #[arg(short, long)]
+    progress: bool,
+    /// Print nothing but errors
+    #[arg(short, long)]
+    quiet: bool,
+    #[command(flatten)]
+    opening: Opening,
+    #[command(flatten)]
+    refused: Refused,
+    #[command(flatten)]
+    many: many::Several,
+    /// The image to rebase, or several: then old and new backing file are compared once for all of them
+    #[arg(value_name = "IMAGE", required_unless_present = "from_file")]
+    images: Vec<PathBuf>,
+}
+
+pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
+    arguments.refused.check()?;
+    let (options, request) = (&arguments.options, arguments.options.request()?);
+    if arguments.cache == CacheMode::Unsafe {
+        log::warn!("cache mode unsafe: if the machine stops before all is on disk, the image is lost");
+    }
+    let opener = arguments.opening.opener().caching(arguments.cache, options.backing_cache);
+    let progress = Arc::new(Progress::default());
+    let stop = Stop::watch(progress.clone())?;
+    match &arguments.images[..] {
+        [image] if !arguments.many.are_given() => {
+            run_one(arguments, &opener, &request, image, &progress, &stop)
+        }
+        _ => many::run(arguments, &opener, request, &progress, &stop),
+    }
+}
+
+fn run_one(
+    arguments: &Arguments,
+    opener: &Opener,
+    request: &Request,
+    image: &Path,
+    progress: &Progress,
+    stop: &Stop,
+) -> Result<ExitCode> {
+    let work = || work_on(arguments, opener, request, image, progress);
+    let done = match arguments.progress && !arguments.quiet {
+        true => report::shown(|| progress.fraction(), work),
+        false => work(),
+    };
+    let done = match (done, stop.signal()) {
+        (Err(error), Some(signal)) if error.kind() == ErrorKind::Cancelled => {
+            let stopped = report::stopped(signal, progress, arguments.options.dry_run);
+            print::complain(&format!("rebasefs: {stopped}: {error}"));
+            return Ok(stop::exit_code(signal).into());
+        }
+        (done, signal) => {
+            let done = done?;
+            if let Some(signal) = signal {
+                print::complain(&format!("rebasefs: {} came too late: it is done", stop::name(signal)));
+            }
+            done
+        }
+    };
+    if !arguments.quiet && request.mode == Mode::Safe {
+        report::print(arguments, image, &done)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Does with one image what was asked for.
+fn work_on(
+    arguments: &Arguments,
+    opener: &Opener,
+    request: &Request,
+    image: &Path,
+    progress: &Progress,
+) -> Result<Rehearsal> {
+    let options = &arguments.options;
+    let access = if options.dry_run { Access::ReadOnly } else { Access::ReadWrite };
+    let chain = match request.mode {
+        Mode::Safe => opener.chain(image, arguments.format, access)?,
+        Mode::Unsafe => Chain::new([opener.layer(image, arguments.format, access)?]),
+    };
+    if options.dry_run {
+        return rehearse(&chain, opener, request, progress);
+    }
+    let (chain, mut report) = rebase(&chain, opener, request, progress)?;
+    if options.reclaim {
+        let reclaimed = reclaim(&chain, opener, progress, |_| Ok(()));
+        report.reclaimed = reclaimed.doing(|| "reclaiming space after the rebase".to_owned())?;
+    }
+    Ok(Rehearsal { report, ..Rehearsal::default() })
+}
