@@ -111,7 +111,7 @@ impl Case {
         if let Ok((chain, _)) = &result {
             assert!(self.is_sound || self.is_dirty || self.request.mode == Mode::Unsafe);
             if self.asked & ask::RECLAIM != 0 && self.request.mode == Mode::Safe {
-                let _ = reclaim(chain, &opener, &Progress::default(), drop);
+                let _ = reclaim(chain, &opener, &Progress::default(), |_| Ok(()));
             }
         }
         self.judge(&file.bytes());
