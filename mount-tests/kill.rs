@@ -5,7 +5,7 @@ use std::process::Command;
 
 use crate::mounted::{Mounted, is_running, wait_until};
 use crate::scratch::{Scratch, rebasefs};
-use crate::traced::{At, on_one_processor};
+use crate::traced::{At, failing, on_one_processor};
 
 const REBASE: &str = "rebase -b new.raw -F raw cow.qcow2";
 
@@ -183,6 +183,31 @@ fn a_file_size_limit_is_an_error_like_others() {
         }
         assert!(refusals > 0);
     }
+}
+
+#[test]
+fn a_quota_that_is_exceeded_at_any_write_or_sync_is_an_error_and_loses_nothing() {
+    let case = Case::new(SHAPES[2]);
+    let mut refusals = 0;
+    for system_call in ["pwrite64", "fdatasync"] {
+        for number in 1.. {
+            case.start_afresh();
+            let mut command = failing(&case.scratch.path(""), REBASE, system_call, number, "EDQUOT");
+            let output = command.output().unwrap();
+            let said = String::from_utf8_lossy(&output.stderr);
+            case.is_sound(&format!("{system_call} {number}"));
+            if output.status.success() {
+                break;
+            }
+            let what = if system_call == "pwrite64" { "cannot write at offset 0x" } else { "cannot sync" };
+            assert!(said.contains(&format!("cow.qcow2: {what}")), "{said}");
+            assert!(said.contains("quota exceeded"), "{said}");
+            case.rebase("without a quota");
+            refusals += 1;
+        }
+    }
+    println!("{refusals} times over quota, nothing lost");
+    assert!(refusals > 8, "only {refusals}");
 }
 
 /// A small file system of its own, in `fs` of a scratch directory.

@@ -29,12 +29,19 @@ impl Operation {
     }
 }
 
+/// What was done to several files, in order, each with the number of the file.
+pub type Journal = Arc<Mutex<Vec<(usize, Operation)>>>;
+
 #[derive(Debug, Default)]
 struct State {
     bytes: Vec<u8>,
     log: Vec<Operation>,
+    /// Number of this file, and what is recorded beside its own log.
+    journal: Option<(usize, Journal)>,
     /// The operation with this number fails, and all after it.
     fails_from: Option<(usize, ErrorKind)>,
+    /// Whether of the first write that fails one half is stored.
+    fails_halfway: bool,
     /// The write with this number is stored with a wrong byte.
     lies_at: Option<usize>,
 }
@@ -48,9 +55,22 @@ impl MemoryFile {
         Self(Arc::new(Mutex::new(State { bytes, ..State::default() })))
     }
 
+    /// One of several files, with this number. What is done to it is recorded in `journal` too.
+    pub fn recorded(bytes: Vec<u8>, number: usize, journal: &Journal) -> Self {
+        let journal = Some((number, journal.clone()));
+        Self(Arc::new(Mutex::new(State { bytes, journal, ..State::default() })))
+    }
+
     /// Lets the operation with that number fail, and all after it.
     pub fn failing_from(bytes: Vec<u8>, number: usize, kind: ErrorKind) -> Self {
         Self(Arc::new(Mutex::new(State { bytes, fails_from: Some((number, kind)), ..State::default() })))
+    }
+
+    /// The same, but one half of the write that fails first is stored before it does.
+    pub fn failing_halfway_from(bytes: Vec<u8>, number: usize, kind: ErrorKind) -> Self {
+        let file = Self::failing_from(bytes, number, kind);
+        file.0.lock().unwrap().fails_halfway = true;
+        file
     }
 
     /// Lets the write with that number be stored with a wrong byte.
@@ -71,6 +91,11 @@ impl MemoryFile {
         if let Some((from, kind)) = state.fails_from
             && state.log.len() >= from
         {
+            if let (true, Operation::Write(at, bytes)) = (state.fails_halfway, operation) {
+                state.fails_halfway = false;
+                let half = bytes[..bytes.len() / 2].to_vec();
+                Operation::Write(at, half).apply(&mut state.bytes);
+            }
             return Err(Error::new(kind, "the disk is broken").path(self.path()).offset(77));
         }
         let mut stored = operation.clone();
@@ -78,6 +103,9 @@ impl MemoryFile {
             bytes[0] ^= 0xff;
         }
         stored.apply(&mut state.bytes);
+        if let Some((number, journal)) = &state.journal {
+            journal.lock().unwrap().push((*number, operation.clone()));
+        }
         state.log.push(operation);
         Ok(())
     }
@@ -89,7 +117,8 @@ impl HostFile for MemoryFile {
     }
 
     fn identity(&self) -> Identity {
-        Identity { device: u64::MAX, inode: 1 }
+        let number = self.0.lock().unwrap().journal.as_ref().map_or(0, |(number, _)| *number);
+        Identity { device: u64::MAX, inode: 1 + number as u64 }
     }
 
     fn access(&self) -> Access {

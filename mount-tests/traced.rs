@@ -58,6 +58,14 @@ fn attach(arguments: &[String], process: u32) {
     });
 }
 
+/// rebasefs, whose `number`th call of `system_call` fails with `error` without being made.
+pub fn failing(directory: &Path, line: &str, system_call: &str, number: usize, error: &str) -> Command {
+    let mut command = on_one_processor();
+    let strace = injecting(system_call, &format!("error={error}:when={number}"));
+    command.arg("strace").args(strace).arg(rebasefs()).args(line.split_whitespace()).current_dir(directory);
+    command
+}
+
 const MISSING: &str = "strace is needed; scripts/test installs it";
 
 /// With one processor there is one worker: the calls come in the same order each time. Add the
