@@ -85,6 +85,7 @@ impl Case {
             mode: if asked & ask::UNSAFE == 0 { Mode::Safe } else { Mode::Unsafe },
             verify: asked & ask::VERIFY != 0,
             compress: asked & ask::COMPRESS != 0,
+            force: false,
             differences: None,
         };
         let mut case = Self {

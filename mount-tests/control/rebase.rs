@@ -78,7 +78,8 @@ fn an_unsafe_rebase_onto_a_missing_file_is_recorded_and_what_lies_there_is_an_er
     let before = mounted.bytes();
     let error = fails(&mounted, "-u -b later.raw", ErrorKind::NotFound);
     assert!(error.contains("later.raw"), "{error}");
-    asks(&mounted, "-u -F raw -b later.raw");
+    fails(&mounted, "-u -F raw -b later.raw", ErrorKind::NotFound);
+    asks(&mounted, "-u --force -F raw -b later.raw");
     assert_eq!((mounted.says("backing"), mounted.status("state")), ("later.raw\n".into(), "done".into()));
     assert!(mounted.status("missing").contains("later.raw: cannot open"), "{}", mounted.says("status"));
     assert_eq!(std::fs::read(mounted.path("disk.raw")).unwrap_err().raw_os_error(), Some(5));
@@ -232,7 +233,7 @@ fn what_is_wrong_with_the_options_is_one_line_in_status() {
 }
 
 #[test]
-fn a_stopped_rebase_says_how_far_it_came_and_goes_on_from_there() {
+fn trap_14_a_stopped_rebase_says_how_far_it_came_and_goes_on_from_there() {
     let scratch = large();
     let mounted = Mounted::new(&scratch, "cow.qcow2");
     let before = mounted.bytes();

@@ -20,6 +20,7 @@ mod plan;
 mod progress;
 mod reclaim;
 mod rehearse;
+mod target;
 mod verify;
 
 use std::sync::Arc;
@@ -31,12 +32,14 @@ pub use progress::{Phase, Progress};
 pub use reclaim::reclaim;
 pub use rehearse::{Copied, Rehearsal, rehearse};
 
+use target::Target;
+
 use crate::chain::{Chain, Opener};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::file::{Access, Lock};
 use crate::layer::qcow2::repair::recover;
 use crate::layer::qcow2::{Qcow2, Writer};
-use crate::layer::{Format, Layer, Overlay, Reference};
+use crate::layer::{Layer, Overlay, Reference};
 
 /// Whether the guest-visible bytes are kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -61,6 +64,8 @@ pub struct Request {
     pub verify: bool,
     /// Whether what is copied as data is stored as compressed clusters, as far as it shrinks.
     pub compress: bool,
+    /// In [`Mode::Unsafe`], whether to record a relative name also if there is no such file.
+    pub force: bool,
     /// Where backing files differ, found once for several rebases; `None` finds it out for this one.
     pub differences: Option<Arc<Differences>>,
 }
@@ -156,68 +161,6 @@ fn qcow2_of(top: &Arc<dyn Layer>) -> Result<&Qcow2> {
             format!("a {} image has no backing file to change; only qcow2 can be rebased", top.format());
         Error::unsupported(what).path(top.file().path())
     })
-}
-
-/// What the overlay shall stand on.
-struct Target {
-    /// As it goes into the header, with its format.
-    backing: Option<Reference>,
-    /// Opened; in [`Mode::Unsafe`] without layers where it could not be.
-    chain: Chain,
-}
-
-impl Target {
-    fn open(top: &Arc<dyn Layer>, opener: &Opener, request: &Request) -> Result<Self> {
-        let Some(backing) = &request.backing else {
-            return Ok(Self { backing: None, chain: Chain::default() });
-        };
-        let opened = opener.backing_chain(top.file().path(), Some(backing));
-        let chain = match (opened, request.mode) {
-            (Ok(chain), _) => chain,
-            // It may not be there yet, or not be ours to read: all that is asked for is its name.
-            (Err(error), Mode::Unsafe) if error.kind() != ErrorKind::Loop && backing.format.is_some() => {
-                log::warn!("{error}: its name is recorded all the same, nothing could be verified");
-                Chain::unopened(&error)
-            }
-            (Err(error), _) => return Err(error),
-        };
-        refuse_loop(top, &chain, backing)?;
-        let format = match (&backing.format, chain.top()) {
-            (None, Some(layer)) => Some(layer.format().to_string()),
-            (format, _) => format.clone(),
-        };
-        warn_of_header_shown_to_guest(&chain)?;
-        Ok(Self { backing: Some(Reference { format, ..backing.clone() }), chain })
-    }
-}
-
-/// The overlay must not stand on itself.
-fn refuse_loop(top: &Arc<dyn Layer>, chain: &Chain, backing: &Reference) -> Result<()> {
-    let overlay = top.file().identity();
-    match chain.layers().iter().position(|layer| layer.file().identity() == overlay) {
-        None => Ok(()),
-        Some(depth) => {
-            let name = backing.name.display();
-            let what = match depth {
-                0 => format!("'{name}' is the overlay itself"),
-                _ => format!("the chain of '{name}' contains the overlay (as its layer {depth})"),
-            };
-            Err(Error::new(ErrorKind::Loop, what).path(top.file().path()))
-        }
-    }
-}
-
-/// Somebody who calls a qcow2 file raw may mean it, but hardly ever does.
-fn warn_of_header_shown_to_guest(chain: &Chain) -> Result<()> {
-    let Some(layer) = chain.top().filter(|layer| layer.format() == Format::Raw) else { return Ok(()) };
-    match Format::recognise(&**layer.file()) {
-        Ok(Format::Raw) => {}
-        _ => log::warn!(
-            "{}: looks like a disk image, but is taken for raw as asked: the guest will see its header",
-            layer.file().path().display()
-        ),
-    }
-    Ok(())
 }
 
 /// The write lock of the overlay, taken whatever `--force-share` says: that is about reading. Gives

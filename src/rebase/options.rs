@@ -19,11 +19,14 @@ pub struct Options {
     #[arg(short, long, value_name = "FILE")]
     pub backing: Option<OsString>,
     /// Format of the new backing file; recognised from the file if left out
-    #[arg(short = 'F', long, value_name = "FORMAT", value_parser = format_name)]
+    #[arg(short = 'F', short_alias = 'B', long, value_name = "FORMAT", value_parser = format_name)]
     pub backing_format: Option<String>,
     /// Unsafe: change the reference only, for a backing file that was moved or renamed
     #[arg(short = 'u', long = "backing-unsafe")]
     pub is_unsafe: bool,
+    /// With -u: record a relative name even if it leads to no file
+    #[arg(long)]
+    pub force: bool,
     /// Cache mode of the backing files
     #[arg(short = 'T', long, value_name = "CACHE", value_parser = CacheMode::from_name, default_value = "writeback")]
     pub backing_cache: CacheMode,
@@ -59,12 +62,17 @@ impl Options {
             let error = Error::invalid("no backing file given");
             return Err(error.hint("-b FILE for another one, -b \"\" for none"));
         };
+        if self.force && !self.is_unsafe {
+            let error = Error::invalid("--force is about names that cannot be looked up, which -u records");
+            return Err(error.hint("a safe rebase reads the new backing file, which must be there"));
+        }
         let reference = || Reference { name: name.clone(), format: self.backing_format.clone() };
         Ok(Request {
             backing: (!name.is_empty()).then(reference),
             mode: if self.is_unsafe { Mode::Unsafe } else { Mode::Safe },
             verify: self.verify,
             compress: self.compress,
+            force: self.force,
             differences: None,
         })
     }
