@@ -334,7 +334,7 @@ fn stopped_and_sound(scratch: &Scratch, mounted: &Mounted, before: &[u8]) {
 }
 
 #[test]
-fn cancel_stops_a_rebase() {
+fn trap_14_cancel_stops_a_rebase() {
     let scratch = old_and_new();
     let stalled = Stalled::new(&scratch);
     let mounted = Mounted::new(&scratch, "cow.qcow2");

@@ -287,7 +287,7 @@ fn a_disk_that_fails_at_any_write_or_sync_loses_nothing_and_the_rebase_can_be_st
 }
 
 #[test]
-fn verify_sees_what_a_lying_disk_has_stored_and_leaves_the_image_on_its_old_backing_file() {
+fn trap_14_verify_sees_what_a_lying_disk_has_stored_and_leaves_the_image_on_its_old_backing_file() {
     let mut lies = 0;
     for mut case in cases() {
         case.request.verify = true;

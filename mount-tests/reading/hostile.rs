@@ -92,7 +92,7 @@ fn a_format_that_we_do_not_read_is_refused_by_name() {
 }
 
 #[test]
-fn a_guessed_format_that_names_further_files_is_refused_unless_allowed() {
+fn trap_13_a_guessed_format_that_names_further_files_is_refused_unless_allowed() {
     let s = Scratch::new();
     s.draw_raw("secret.raw", 65536, "55");
     s.qemu_img("create -q -f qcow2 -F raw -b secret.raw b.img 1M");
@@ -106,7 +106,7 @@ fn a_guessed_format_that_names_further_files_is_refused_unless_allowed() {
 }
 
 #[test]
-fn a_guessed_format_with_an_external_data_file_is_refused() {
+fn trap_13_a_guessed_format_with_an_external_data_file_is_refused() {
     let s = Scratch::new();
     let data = s.path("secret.raw").display().to_string();
     s.qemu_img(&format!("create -q -f qcow2 -o data_file={data} b.img 1M"));

@@ -107,14 +107,14 @@ fn with_data_file(s: &Scratch, made_in: &str) {
 }
 
 #[test]
-fn a_data_file_is_looked_for_beside_the_image() {
+fn trap_20_a_data_file_is_looked_for_beside_the_image() {
     let s = Scratch::new();
     with_data_file(&s, "dir");
     s.rebasefs("compare -f qcow2 -F raw dir/a.qcow2 expected.raw");
 }
 
 #[test]
-fn a_data_file_that_is_only_in_the_current_directory_is_taken_as_qemu_does_and_the_user_is_told() {
+fn trap_20_a_data_file_that_is_only_in_the_current_directory_is_taken_as_qemu_does_and_the_user_is_told() {
     let s = Scratch::new();
     with_data_file(&s, ".");
     let ended = s.run(rebasefs(), "compare -f qcow2 -F raw dir/a.qcow2 expected.raw");

@@ -30,7 +30,7 @@ fn backing_names_of_every_shape_lead_where_qemu_lets_them_lead() {
 }
 
 #[test]
-fn a_name_with_a_colon_is_a_protocol_and_the_message_says_what_to_do() {
+fn trap_12_a_name_with_a_colon_is_a_protocol_and_the_message_says_what_to_do() {
     let s = Scratch::new();
     s.draw_raw("b:1.raw", 65536, "b1");
     s.qemu_img("create -q -u -f qcow2 -F raw -b b:1.raw a.qcow2 64k");
@@ -40,7 +40,7 @@ fn a_name_with_a_colon_is_a_protocol_and_the_message_says_what_to_do() {
 }
 
 #[test]
-fn a_name_is_looked_for_beside_the_link_through_which_the_overlay_was_reached() {
+fn trap_12_a_name_is_looked_for_beside_the_link_through_which_the_overlay_was_reached() {
     let s = Scratch::new();
     for directory in ["real", "link"] {
         std::fs::create_dir(s.path(directory)).unwrap();
