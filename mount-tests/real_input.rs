@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 
-use crate::mounted::{Mounted, wait_until};
-use crate::scratch::Scratch;
+use crate::mounted::Mounted;
+use crate::scratch::{LoopMount, Scratch};
 
 const MIB: u64 = 1 << 20;
 
@@ -78,11 +78,11 @@ fn read_and_rebase(filesystem: &FileSystem) {
     assert_eq!(hash_served(&disk), guest, "before");
     {
         let guest_sees = LoopMount::new(&scratch, &disk, filesystem.read_only);
-        scratch.ok("diff", &format!("-r -x lost+found tree {}", guest_sees.0.display()));
+        scratch.ok("diff", &format!("-r -x lost+found tree {}", guest_sees.path().display()));
         for during in hashes_during_rebase(&mount) {
             assert_eq!(during, guest, "during");
         }
-        scratch.ok("diff", &format!("-r -x lost+found tree {}", guest_sees.0.display()));
+        scratch.ok("diff", &format!("-r -x lost+found tree {}", guest_sees.path().display()));
     }
     assert_eq!(hash_served(&disk), guest, "after");
     assert_eq!(mount.says("backing"), "new.raw\n");
@@ -136,7 +136,7 @@ fn make_images(scratch: &Scratch, filesystem: &FileSystem) {
     copy(scratch, "old.raw", "guest.raw");
     {
         let guest = LoopMount::new(scratch, &scratch.path("guest.raw"), "rw");
-        for place in [&guest.0, &scratch.path("tree")] {
+        for place in [guest.path(), &scratch.path("tree")] {
             write_as_a_guest(scratch, place);
         }
     }
@@ -158,7 +158,7 @@ fn make_base(scratch: &Scratch, filesystem: &FileSystem) {
     scratch.ok(program, line);
     if filesystem.filled.is_none() {
         let mounted = LoopMount::new(scratch, &old, "rw");
-        scratch.ok("cp", &format!("-r tree/. {}", mounted.0.display()));
+        scratch.ok("cp", &format!("-r tree/. {}", mounted.path().display()));
     }
     let found = scratch.ok("blkid", "-p -o value -s TYPE old.raw");
     assert_eq!(found.trim(), filesystem.name);
@@ -225,33 +225,6 @@ fn list_files(directory: &Path, files: &mut Vec<(PathBuf, u64)>) {
             files.push((entry.path(), metadata.len()));
         } else if metadata.is_dir() {
             list_files(&entry.path(), files);
-        }
-    }
-}
-
-/// A file system in a file, mounted by the kernel through a loop device.
-struct LoopMount(PathBuf, PathBuf);
-
-impl LoopMount {
-    fn new(scratch: &Scratch, file: &Path, options: &str) -> Self {
-        let mountpoint = scratch.path("guest.mnt");
-        fs::create_dir_all(&mountpoint).unwrap();
-        scratch.ok("mount", &format!("-o loop,{options} {} {}", file.display(), mountpoint.display()));
-        Self(mountpoint, file.to_owned())
-    }
-
-    fn is_attached(&self) -> bool {
-        let output = Command::new("losetup").arg("-j").arg(&self.1).output().expect("running losetup");
-        !output.stdout.is_empty()
-    }
-}
-
-impl Drop for LoopMount {
-    fn drop(&mut self) {
-        let umount = Command::new("umount").arg(&self.0).status().expect("running umount");
-        if !thread::panicking() {
-            assert!(umount.success(), "umount {}", self.0.display());
-            wait_until("the loop device is detached", || !self.is_attached());
         }
     }
 }

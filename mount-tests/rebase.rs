@@ -6,6 +6,7 @@
 mod compress;
 mod equal;
 mod random;
+mod reflink;
 mod traps;
 
 use crate::scratch::Scratch;

@@ -7,6 +7,8 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use crate::mounted::wait_until;
+
 /// A directory that is removed with the test.
 pub struct Scratch(tempfile::TempDir);
 
@@ -20,6 +22,11 @@ pub struct Ended {
 impl Scratch {
     pub fn new() -> Self {
         Self(tempfile::Builder::new().prefix("rebasefs-").tempdir().expect("a temporary directory"))
+    }
+
+    /// One in this directory, which may be another file system.
+    pub fn within(directory: &Path) -> Self {
+        Self(tempfile::tempdir_in(directory).expect("a temporary directory"))
     }
 
     pub fn path(&self, name: impl AsRef<Path>) -> PathBuf {
@@ -204,5 +211,36 @@ impl LoopDevice {
 impl Drop for LoopDevice {
     fn drop(&mut self) {
         let _ = Command::new("losetup").args(["-d", &self.0]).status();
+    }
+}
+
+/// A file system in a file, mounted by the kernel through a loop device.
+pub struct LoopMount(PathBuf, PathBuf);
+
+impl LoopMount {
+    pub fn new(scratch: &Scratch, file: &Path, options: &str) -> Self {
+        let mountpoint = scratch.path("guest.mnt");
+        std::fs::create_dir_all(&mountpoint).unwrap();
+        scratch.ok("mount", &format!("-o loop,{options} {} {}", file.display(), mountpoint.display()));
+        Self(mountpoint, file.to_owned())
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    fn is_attached(&self) -> bool {
+        let output = Command::new("losetup").arg("-j").arg(&self.1).output().expect("running losetup");
+        !output.stdout.is_empty()
+    }
+}
+
+impl Drop for LoopMount {
+    fn drop(&mut self) {
+        let umount = Command::new("umount").arg(&self.0).status().expect("running umount");
+        if !std::thread::panicking() {
+            assert!(umount.success(), "umount {}", self.0.display());
+            wait_until("the loop device is detached", || !self.is_attached());
+        }
     }
 }

@@ -19,7 +19,7 @@ pub use open::{Guess, MAX_DEPTH, Opener};
 pub use payload::Payloads;
 
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::file::{Access, HostOffset, Identity};
+use crate::file::{Access, HostOffset, Identity, Place};
 use crate::layer::{Detail, Extent, ExtentKind, GuestOffset, Layer};
 use owners::{FEWEST_LAYERS, Owners};
 
@@ -191,6 +191,18 @@ impl Chain {
             _ => Source::Zero,
         };
         Ok((source, owned.extent.length))
+    }
+
+    /// Where the bytes at `at` lie on a device, if they are data, uncompressed, in an extent that
+    /// several files share, and for how many of them, at most `length` (≥ 1), that holds.
+    pub fn shared_place_at(&self, at: GuestOffset, length: u64) -> Result<(Option<Place>, u64)> {
+        let Owned { depth, extent } = self.extent_at(at, length, Detail::Holes)?;
+        match (depth, extent.kind) {
+            (Some(depth), ExtentKind::Data(host)) => {
+                self.layers[depth].data_file().shared_place_at(host, extent.length)
+            }
+            _ => Ok((None, extent.length)),
+        }
     }
 
     /// Fills `buffer` with the guest's bytes from `at` on; zeros beyond the virtual size.

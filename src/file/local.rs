@@ -5,12 +5,12 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use super::direct::Direct;
-use super::{Access, CacheMode, HostFile, HostOffset, Identity, Lock, Run, Stamp, lock};
+use super::{Access, CacheMode, HostFile, HostOffset, Identity, Lock, Place, Run, Stamp, lock};
 use crate::error::{Error, ErrorKind, Result};
-use crate::sys;
+use crate::sys::{self, fiemap};
 
 /// A regular file or block device of this machine, opened once.
 #[derive(Debug)]
@@ -24,6 +24,8 @@ pub struct LocalFile {
     lock: Mutex<Lock>,
     cache: CacheMode,
     direct: Direct,
+    /// Whether the file system tells of shared extents; asked for once.
+    tells_shared_extents: OnceLock<bool>,
 }
 
 impl LocalFile {
@@ -82,6 +84,7 @@ impl LocalFile {
             lock: Mutex::new(Lock::None),
             cache,
             direct: Direct::default(),
+            tells_shared_extents: OnceLock::new(),
         })
     }
 
@@ -269,6 +272,25 @@ impl HostFile for LocalFile {
             }
             Err(e) => Err(self.failed(e, "cannot look for holes", at.0)),
         }
+    }
+
+    fn shared_place_at(&self, at: HostOffset, length: u64) -> Result<(Option<Place>, u64)> {
+        let tells = || sys::tells_shared_extents(&self.file).unwrap_or(false);
+        if !*self.tells_shared_extents.get_or_init(tells) {
+            return Ok((None, length));
+        }
+        // It need not be known: what is not known to be equal is read.
+        let extent = sys::physical_extent(&self.file, at.0, length).unwrap_or_default();
+        let Some(extent) = extent.filter(|extent| extent.length > 0) else { return Ok((None, length)) };
+        if extent.logical > at.0 {
+            return Ok((None, length.min(extent.logical - at.0)));
+        }
+        let skip = at.0 - extent.logical;
+        let rest = length.min(extent.length.saturating_sub(skip)).max(1);
+        // Whatever else is said of it (compressed, inline, not written back …) makes it no place.
+        let is_plain = extent.flags & !(fiemap::LAST | fiemap::MERGED) == fiemap::SHARED;
+        let place = Place { device: self.identity.device, offset: extent.physical + skip };
+        Ok(((is_plain && skip < extent.length).then_some(place), rest))
     }
 
     fn lock(&self, lock: Lock) -> Result<()> {

@@ -84,6 +84,23 @@ pub struct Run {
     pub length: u64,
 }
 
+/// Where bytes lie on the device under a file system. Equal places mean equal bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The file system (`st_dev`).
+    pub device: u64,
+    /// Byte offset.
+    pub offset: u64,
+}
+
+impl Place {
+    /// The place of what lies `bytes` further on in the same extent.
+    #[must_use]
+    pub fn advanced(self, bytes: u64) -> Self {
+        Self { offset: self.offset + bytes, ..self }
+    }
+}
+
 /// A file that stores an image. All methods take `&self`: I/O is positioned and may run in
 /// parallel. Errors name the file and the offset.
 pub trait HostFile: fmt::Debug + Send + Sync {
@@ -134,6 +151,13 @@ pub trait HostFile: fmt::Debug + Send + Sync {
     /// The run that begins at `at`, at most `length` (≥ 1) bytes long. A file system that cannot
     /// tell answers data; beyond the end there is a hole.
     fn run_at(&self, at: HostOffset, length: u64) -> Result<Run>;
+
+    /// Where the bytes at `at` lie on the device, and for how many of them, at most `length` (≥ 1), the
+    /// answer holds. `None` where no other file has the same extent, or where that is not known.
+    fn shared_place_at(&self, at: HostOffset, length: u64) -> Result<(Option<Place>, u64)> {
+        let _ = at;
+        Ok((None, length))
+    }
 
     /// Takes the locks of `lock`, in addition to or in place of those held, or gives all back
     /// with [`Lock::None`].

@@ -8,6 +8,7 @@ use std::collections::VecDeque;
 use super::{Difference, Progress};
 use crate::chain::{Chain, Source};
 use crate::error::Result;
+use crate::file::Place;
 use crate::layer::{Detail, GuestOffset, Overlay};
 
 /// A range of guest bytes: begins at a multiple of what the overlay fills as a whole and ends at
@@ -173,14 +174,19 @@ impl<'a> Plan<'a> {
         }
         // The cheap question first: where it is answered, nobody asks the file system.
         for detail in [Detail::Owner, Detail::Holes] {
-            let old = self.old.at(self.at, length, detail)?;
-            let new = self.new.at(self.at, old.1, detail)?;
+            let old = self.old.source(self.at, length, detail)?;
+            let new = self.new.source(self.at, old.1, detail)?;
             length = new.1;
             if old.0 == new.0 {
                 return Ok((Verdict::Equal, length));
             }
         }
-        Ok((Verdict::Open, length))
+        let (old, length) = self.old.shared_place(self.at, length)?;
+        if old.is_none() {
+            return Ok((Verdict::Open, length));
+        }
+        let (new, length) = self.new.shared_place(self.at, length)?;
+        Ok((if old == new { Verdict::Equal } else { Verdict::Open }, length))
     }
 }
 
@@ -230,33 +236,60 @@ fn boundary_behind(start: GuestOffset, piece: u64) -> u64 {
 #[derive(Clone)]
 struct Sources<'a> {
     chain: &'a Chain,
-    owner: Answer,
-    holes: Answer,
-}
-
-#[derive(Clone, Copy)]
-struct Answer {
-    source: Source,
-    start: GuestOffset,
-    end: GuestOffset,
+    owner: Answer<Source>,
+    holes: Answer<Source>,
+    shared: Answer<Option<Place>>,
 }
 
 impl<'a> Sources<'a> {
     fn new(chain: &'a Chain) -> Self {
-        let none = Answer { source: Source::Zero, start: GuestOffset(0), end: GuestOffset(0) };
-        Self { chain, owner: none, holes: none }
+        let (owner, shared) = (Answer::none(Source::Zero), Answer::none(None));
+        Self { chain, owner, holes: owner, shared }
     }
 
-    fn at(&mut self, at: GuestOffset, length: u64, detail: Detail) -> Result<(Source, u64)> {
-        let last = match detail {
+    fn source(&mut self, at: GuestOffset, length: u64, detail: Detail) -> Result<(Source, u64)> {
+        let answer = match detail {
             Detail::Owner => &mut self.owner,
             Detail::Holes => &mut self.holes,
         };
-        if at < last.start || at >= last.end {
-            let (source, length) = self.chain.source_at(at, length, detail)?;
-            *last = Answer { source, start: at, end: at + length };
+        let (source, skip, length) = answer.at(at, length, || self.chain.source_at(at, length, detail))?;
+        Ok((source.advanced(skip), length))
+    }
+
+    fn shared_place(&mut self, at: GuestOffset, length: u64) -> Result<(Option<Place>, u64)> {
+        let ask = || self.chain.shared_place_at(at, length);
+        let (place, skip, length) = self.shared.at(at, length, ask)?;
+        Ok((place.map(|place| place.advanced(skip)), length))
+    }
+}
+
+/// What was answered for a range.
+#[derive(Clone, Copy)]
+struct Answer<T> {
+    answer: T,
+    start: GuestOffset,
+    end: GuestOffset,
+}
+
+impl<T: Copy> Answer<T> {
+    /// For no range at all.
+    fn none(answer: T) -> Self {
+        Self { answer, start: GuestOffset(0), end: GuestOffset(0) }
+    }
+
+    /// The answer that holds at `at`, how far behind its beginning that is, and for how many of
+    /// `length` bytes it holds.
+    fn at(
+        &mut self,
+        at: GuestOffset,
+        length: u64,
+        ask: impl FnOnce() -> Result<(T, u64)>,
+    ) -> Result<(T, u64, u64)> {
+        if at < self.start || at >= self.end {
+            let (answer, length) = ask()?;
+            *self = Self { answer, start: at, end: at + length };
         }
-        Ok((last.source.advanced(at - last.start), length.min(last.end - at)))
+        Ok((self.answer, at - self.start, length.min(self.end - at)))
     }
 }
 
