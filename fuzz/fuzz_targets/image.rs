@@ -8,9 +8,9 @@ use rebasefs::layer::qcow2::{Preamble, Qcow2};
 
 use super::memory_file::MemoryFile;
 
-/// Opens the image. An external data file, where it wants one, is an empty one.
-pub fn open(file: &MemoryFile) -> rebasefs::Result<Qcow2> {
+/// Opens the image. Its external data file, where it wants one, is `data`.
+pub fn open(file: &MemoryFile, data: &MemoryFile) -> rebasefs::Result<Qcow2> {
     let preamble = Preamble::read(file)?;
-    let data_file = preamble.data_file()?.map(|_| Arc::new(MemoryFile::new(Vec::new())) as Arc<dyn HostFile>);
+    let data_file = preamble.data_file()?.map(|_| Arc::new(data.clone()) as Arc<dyn HostFile>);
     Qcow2::open(Arc::new(file.clone()), data_file, preamble, TableCache::new())
 }

@@ -64,6 +64,8 @@ struct Case {
     is_sound: bool,
     is_dirty: bool,
     start: Vec<u8>,
+    /// The external data file, where the image has one.
+    data: MemoryFile,
     truth: Vec<View>,
 }
 
@@ -72,10 +74,11 @@ type View = Vec<Option<Vec<u8>>>;
 
 impl Case {
     fn new(file: &MemoryFile, asked: u8) -> Option<Self> {
-        let mut image = image::open(file).ok()?;
+        let data = MemoryFile::new(disk("-- 77 88 -- 99 aa"));
+        let mut image = image::open(file, &data).ok()?;
         if asked & ask::REPAIR != 0 && asked & ask::UNSAFE == 0 {
             repair(&image, Repair::All).ok()?;
-            image = image::open(file).expect("a repair leaves what can be opened");
+            image = image::open(file, &data).expect("a repair leaves what can be opened");
         }
         let old: Arc<dyn Layer> = Arc::new(Raw::open(Arc::new(MemoryFile::new(disk("11 -- 22 33 44 66")))));
         let old = image.backing().map_or_else(Chain::default, |_| Chain::new([old]));
@@ -95,6 +98,7 @@ impl Case {
             is_sound: check::check(&image).expect("memory can be read").is_sound(),
             is_dirty: image.is_dirty(),
             start: file.bytes(),
+            data,
             truth: Vec::new(),
         };
         case.truth = case.views(&case.start)?;
@@ -103,7 +107,7 @@ impl Case {
 
     fn run(&self, file: &MemoryFile, cut: usize, choice: u8) {
         let log_start = file.log().len();
-        let chain = self.old.under(Arc::new(image::open(file).expect("it was opened before")));
+        let chain = self.old.under(Arc::new(image::open(file, &self.data).expect("it was opened before")));
         let opener = Opener::new();
         let result = rebase(&chain, &opener, &self.request, &Progress::default());
         if result.is_err() && !(self.is_sound || self.is_dirty && self.request.mode == Mode::Safe) {
@@ -116,7 +120,8 @@ impl Case {
             }
         }
         self.judge(&file.bytes());
-        if self.is_sound {
+        // Two files lose their writes by themselves: that is a matter for the tests.
+        if self.is_sound && self.data.log().is_empty() {
             self.judge(&cut_at(&self.start, &file.log()[log_start..], cut, choice));
         }
     }
@@ -132,7 +137,8 @@ impl Case {
             }
         }
         if self.is_sound {
-            let image = image::open(&MemoryFile::new(bytes.to_vec())).expect("it was opened a moment ago");
+            let image = image::open(&MemoryFile::new(bytes.to_vec()), &self.data)
+                .expect("it was opened a moment ago");
             let report = check::check(&image).expect("memory can be read");
             assert!(report.is_sound(), "{:?}", report.messages);
         }
@@ -142,7 +148,7 @@ impl Case {
     /// what the overlay holds by itself, where bytes may change.
     fn views(&self, bytes: &[u8]) -> Option<Vec<View>> {
         let file = MemoryFile::new(bytes.to_vec());
-        let image = image::open(&file).ok()?;
+        let image = image::open(&file, &self.data).ok()?;
         let named = image.backing().map(|backing| &backing.name);
         let below = match named {
             _ if self.request.mode == Mode::Unsafe => Chain::default(),

@@ -23,7 +23,7 @@ const READ: u64 = 4096;
 
 fuzz_target!(|bytes: &[u8]| {
     let file = MemoryFile::new(bytes.to_vec());
-    let Ok(image) = image::open(&file) else { return };
+    let Ok(image) = image::open(&file, &MemoryFile::new(vec![0x77; 65536])) else { return };
     walk(&image);
     for snapshot in image.snapshots().unwrap_or_default().iter().take(4) {
         if let Ok(view) = image.at_snapshot(snapshot) {
