@@ -24,6 +24,8 @@ use crate::file::Access;
 use crate::layer::Format;
 use crate::sys;
 use control::Control;
+#[doc(hidden)]
+pub use control::in_words;
 use image::Image;
 pub use options::MountOptions;
 use view::{Ownership, View};

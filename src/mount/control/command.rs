@@ -11,6 +11,24 @@ use crate::rebase::{Mode, Options, Request};
 /// No command is longer, in bytes. A backing file name has at most 1023.
 const MAX_LENGTH: usize = 4096;
 
+/// What is made of these writes to `ctl/rebase`, and to `ctl/backing`: what a command is in words, or
+/// what is wrong with it. For fuzzing, which sees nothing else of this module.
+#[doc(hidden)]
+pub fn in_words<'a>(writes: impl IntoIterator<Item = &'a [u8]>) -> Vec<Result<String>> {
+    let mut line = Line::default();
+    let mut said = Vec::new();
+    let mut take = |line: Vec<u8>| {
+        said.extend([Command::rebase(&line), Command::backing(line)].map(|command| Ok(command?.in_words())));
+    };
+    for written in writes {
+        if let Ok(Some(line)) = line.push(written) {
+            take(line);
+        }
+    }
+    line.finish().map(take);
+    said
+}
+
 /// What somebody wrote to a control file since it was opened, as far as it is not yet a command.
 #[derive(Debug, Default)]
 pub(super) struct Line {

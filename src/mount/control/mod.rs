@@ -18,6 +18,7 @@ use super::tree::ControlFile;
 use crate::chain::Opener;
 use crate::error::{Error, ErrorKind, Result};
 use crate::rebase::{Progress, Report};
+pub use command::in_words;
 use command::{Command, Line};
 pub(super) use writer::Writer;
 
