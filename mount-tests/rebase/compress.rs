@@ -1,6 +1,7 @@
 //! `rebase -c`: what is copied becomes compressed clusters, where that is possible and pays.
 
 use super::{CLUSTER, backing_of, rebase_keeps_everything, three};
+use crate::mounted::Mounted;
 use crate::random_chain::Random;
 use crate::scratch::Scratch;
 
@@ -151,6 +152,24 @@ fn an_external_data_file_cannot_hold_compressed_clusters_and_nothing_is_written(
         assert!(said.contains("an external data file holds no compressed clusters"), "{said}");
     }
     assert!(before == std::fs::read(scratch.path("cow.qcow2")).unwrap());
+}
+
+#[test]
+fn a_mounted_image_is_served_from_its_compressed_copies() {
+    let scratch = three("cluster_size=4k", "11 12 13 14", "22 22 22 --", "-- 77 -- --");
+    scramble(&scratch, "old", 0, 4);
+    let mounted = Mounted::new(&scratch, "cow.qcow2");
+    let before = mounted.bytes();
+    assert_eq!(mounted.shell("echo -c -b new > ctl/rebase"), (Some(0), String::new()));
+    assert!(mounted.bytes() == before);
+    // Not from what the kernel remembers.
+    let direct = format!("if={} of=direct bs=4k iflag=direct", mounted.path("disk.raw").display());
+    scratch.ok("dd", &direct);
+    assert!(std::fs::read(scratch.path("direct")).unwrap() == before);
+    mounted.unmount();
+    assert!(scratch.guest_bytes("qcow2", "cow.qcow2") == before);
+    assert!(compressed(&scratch, "cow.qcow2").0 > 0);
+    scratch.check_clean("cow.qcow2");
 }
 
 #[test]
