@@ -24,26 +24,28 @@ pub fn large() -> Scratch {
 /// Starts a rebase, each such call of which takes so many milliseconds longer. Signals do to it what
 /// they do by default, also where whoever runs the tests ignores them.
 fn slow(s: &Scratch, system_call: &str, milliseconds: u32) -> Child {
-    started(
-        s,
-        "--default-signal=INT,TERM,HUP",
-        &injecting(system_call, &format!("delay_enter={milliseconds}ms")),
-    )
+    slow_line(s, REBASE, system_call, milliseconds)
 }
 
-fn started(s: &Scratch, signals: &str, trace: &[String]) -> Child {
+/// The same with another command line.
+pub fn slow_line(s: &Scratch, line: &str, system_call: &str, milliseconds: u32) -> Child {
+    let trace = injecting(system_call, &format!("delay_enter={milliseconds}ms"));
+    started(s, line, "--default-signal=INT,TERM,HUP", &trace)
+}
+
+fn started(s: &Scratch, line: &str, signals: &str, trace: &[String]) -> Child {
     let mut rebase = Command::new("env");
-    rebase.args([signals, "strace", "-D"]).args(trace).arg(rebasefs()).args(REBASE.split(' '));
+    rebase.args([signals, "strace", "-D"]).args(trace).arg(rebasefs()).args(line.split(' '));
     rebase.current_dir(s.path("")).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
-fn send(signal: &str, process: &Child) {
+pub fn send(signal: &str, process: &Child) {
     let sent = Command::new("kill").args(["-s", signal, &process.id().to_string()]).status().unwrap();
     assert!(sent.success());
 }
 
 /// Waits for the end: exit code, standard output, standard error.
-fn ended(mut process: Child) -> (Option<i32>, String, String) {
+pub fn ended(mut process: Child) -> (Option<i32>, String, String) {
     let (mut out, mut err) = (String::new(), String::new());
     process.stdout.take().unwrap().read_to_string(&mut out).unwrap();
     process.stderr.take().unwrap().read_to_string(&mut err).unwrap();
@@ -182,7 +184,7 @@ fn after_the_header_swap_it_is_done() {
 #[test]
 fn an_ignored_signal_stops_nothing() {
     let s = large();
-    let rebase = started(&s, "--ignore-signal=INT", &injecting("pwrite64", "delay_enter=10ms"));
+    let rebase = started(&s, REBASE, "--ignore-signal=INT", &injecting("pwrite64", "delay_enter=10ms"));
     wait_until("something is copied", || s.path("cow.qcow2").metadata().unwrap().len() > 1 << 20);
     send("INT", &rebase);
     let (code, _, said) = ended(rebase);

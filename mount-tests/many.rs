@@ -3,6 +3,7 @@
 
 mod refused;
 mod saved;
+mod stopped;
 
 use crate::random_chain::{Random, grow, qcow2};
 use crate::scratch::{Ended, Scratch, rebasefs};

@@ -25,6 +25,7 @@ const MAX_LIST: u64 = 256 << 20;
 
 /// What is asked for if there is more than one image.
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Many images")]
 pub(super) struct Several {
     /// Rebase the images in this list, too: a path a line; - for the standard input
     #[arg(long, value_name = "LIST")]
@@ -32,7 +33,7 @@ pub(super) struct Several {
     /// Paths in the list end with a NUL byte, not with a newline
     #[arg(short = '0', long, requires = "from_file")]
     null: bool,
-    /// Rebase so many images at a time
+    /// Rebase so many images at a time [default: 8 for each processor, at most 32]
     #[arg(long, value_name = "NUMBER")]
     jobs: Option<NonZeroUsize>,
     /// Keep in FILE where old and new backing file differ, for --difference

@@ -52,11 +52,12 @@ pub(super) struct Arguments {
     opening: Opening,
     #[command(flatten)]
     refused: Refused,
-    #[command(flatten)]
-    many: many::Several,
     /// The image to rebase, or several: then old and new backing file are compared once for all of them
     #[arg(value_name = "IMAGE", required_unless_present = "from_file")]
     images: Vec<PathBuf>,
+    // Last: its heading is for all that follows.
+    #[command(flatten)]
+    many: many::Several,
 }
 
 pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
