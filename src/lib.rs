@@ -52,7 +52,8 @@
 //! # The API in a few lines
 //!
 //! An [`Opener`] opens a [`Chain`], which is read with [`Chain::read_at`]; [`rebase::rebase`]
-//! returns the chain on its new backing file; [`mount::Mount`] serves one over FUSE.
+//! returns the chain on its new backing file; [`mount::Mount`] serves one over FUSE. Rebases that
+//! share [`rebase::Differences`] compare their backing files once; [`rebase::Many`] runs them.
 //!
 //! ```
 //! use rebasefs::chain::Opener;

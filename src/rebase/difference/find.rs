@@ -81,3 +81,37 @@ impl Overlay for Notes {
         Err(no_file())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::chain::Opener;
+    use crate::file::Access;
+
+    fn raw(path: &Path, bytes: &[u8]) -> Chain {
+        std::fs::write(path, bytes).unwrap();
+        Opener::new().chain(path, None, Access::ReadOnly).unwrap()
+    }
+
+    #[test]
+    fn every_unit_that_differs_is_found_and_no_other_whichever_chain_is_longer() {
+        let directory = tempfile::tempdir().unwrap();
+        const UNIT_BYTES: usize = UNIT as usize;
+        let old = vec![0x11; 300 * UNIT_BYTES];
+        // Longer, with zeros and one byte behind the end of the other one; it ends within a unit.
+        let mut new = [old.clone(), vec![0; 9 * UNIT_BYTES + 512]].concat();
+        for at in
+            [0, 5 * UNIT_BYTES - 1, 5 * UNIT_BYTES, 64 * UNIT_BYTES - 1, 64 * UNIT_BYTES, 303 * UNIT_BYTES]
+        {
+            new[at] = 0x99;
+        }
+        let chains = [raw(&directory.path().join("old"), &old), raw(&directory.path().join("new"), &new)];
+        let units = [(0, 1), (4, 6), (63, 65), (303, 304)].map(|(start, end)| (start * UNIT, end * UNIT));
+        for (one, other) in [(0, 1), (1, 0)] {
+            let found = find(&chains[one], &chains[other], &Progress::default()).unwrap();
+            assert_eq!(found.ranges, units);
+        }
+    }
+}

@@ -156,3 +156,67 @@ impl Known {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chain::Opener;
+    use crate::file::Access;
+
+    /// Chains of one raw file each, a MiB long, in which one byte differs.
+    fn two(directory: &Path) -> [Chain; 2] {
+        let mut bytes = vec![0x11; 1 << 20];
+        ["old", "new"].map(|name| {
+            let path = directory.join(name);
+            std::fs::write(&path, &bytes).unwrap();
+            bytes[70_000] = 0x22;
+            Opener::new().chain(&path, None, Access::ReadOnly).unwrap()
+        })
+    }
+
+    #[test]
+    fn it_is_found_once_for_all_and_again_when_it_was_closed() {
+        let directory = tempfile::tempdir().unwrap();
+        let [old, new] = two(directory.path());
+        let differences = Differences::default();
+        let bytes = || differences.between(&old, &new).unwrap().bytes();
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| assert_eq!(bytes(), 4096));
+            }
+        });
+        assert_eq!(differences.progress().total(), 1 << 20);
+        differences.close(&ChainKey::of(&old), &ChainKey::of(&new));
+        bytes();
+        assert_eq!(differences.progress().total(), 2 << 20);
+        // Nothing differs from itself, and nobody looks.
+        assert_eq!(differences.between(&old, &old).unwrap().bytes(), 0);
+        assert_eq!(differences.progress().total(), 2 << 20);
+    }
+
+    #[test]
+    fn it_holds_only_as_long_as_nobody_writes_to_the_files() {
+        let directory = tempfile::tempdir().unwrap();
+        let [old, new] = two(directory.path());
+        let differences = Differences::default();
+        differences.between(&old, &new).unwrap();
+        let file = std::fs::File::options().append(true).open(directory.path().join("new")).unwrap();
+        file.set_len((1 << 20) + 512).unwrap();
+        let error = differences.between(&old, &new).unwrap_err();
+        assert_eq!((error.kind(), error.file()), (ErrorKind::Busy, Some(&*directory.path().join("new"))));
+    }
+
+    #[test]
+    fn what_cannot_be_found_is_not_looked_for_by_everybody() {
+        let directory = tempfile::tempdir().unwrap();
+        let [old, new] = two(directory.path());
+        let differences = Differences::default();
+        let file = std::fs::File::options().write(true).open(directory.path().join("new")).unwrap();
+        file.set_len(4096).unwrap();
+        let first = differences.between(&old, &new).unwrap_err();
+        file.set_len(1 << 20).unwrap();
+        let second = differences.between(&old, &new).unwrap_err();
+        assert!(first.to_string().contains("cut short"), "{first}");
+        assert_eq!((first.kind(), first.to_string()), (second.kind(), second.to_string()));
+    }
+}
