@@ -5,6 +5,7 @@
 // A test that cannot go on panics, in its helpers too.
 #![allow(clippy::unwrap_used)]
 
+mod changed;
 mod check;
 mod compare;
 mod control;

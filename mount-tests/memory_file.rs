@@ -130,7 +130,7 @@ impl HostFile for MemoryFile {
     }
 
     fn stamp(&self) -> Result<Stamp> {
-        Ok(Stamp { size: self.size(), modified_ns: 0, inode: 1 })
+        Ok(Stamp { size: self.size(), inode: 1, ..Stamp::default() })
     }
 
     fn allocated_bytes(&self) -> Result<u64> {

@@ -10,6 +10,7 @@ mod name;
 mod open;
 mod owners;
 mod payload;
+mod watch;
 
 use std::sync::Arc;
 
@@ -17,9 +18,10 @@ pub use map::{Map, MapEntry};
 pub use name::{Location, is_inside, resolve};
 pub use open::{Guess, MAX_DEPTH, Opener};
 pub use payload::Payloads;
+pub use watch::{Change, Watch, Way};
 
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::file::{Access, HostOffset, Identity, Place};
+use crate::file::{Access, HostFile, HostOffset, Identity, Place};
 use crate::layer::{Detail, Extent, ExtentKind, GuestOffset, Layer};
 use owners::{FEWEST_LAYERS, Owners};
 
@@ -94,6 +96,15 @@ impl Chain {
     /// The layers, top first.
     pub fn layers(&self) -> &[Arc<dyn Layer>] {
         &self.layers
+    }
+
+    /// The files of all layers, top first, with external data files.
+    pub fn files(&self) -> impl Iterator<Item = &Arc<dyn HostFile>> {
+        self.layers.iter().flat_map(|layer| {
+            let (file, data_file) = (layer.file(), layer.data_file());
+            let is_other = data_file.identity() != file.identity();
+            std::iter::once(file).chain(is_other.then_some(data_file))
+        })
     }
 
     /// The top layer, `None` in the chain of no layers (which reads as zeros).

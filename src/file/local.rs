@@ -190,9 +190,7 @@ impl HostFile for LocalFile {
         let metadata = self.file.metadata().map_err(|e| self.failed(e, "cannot stat", 0))?;
         // A block device says 0, and keeps the size that it had when it was opened.
         let size = if metadata.is_file() { metadata.len() } else { self.size() };
-        let modified_ns =
-            metadata.mtime().saturating_mul(1_000_000_000).saturating_add(metadata.mtime_nsec());
-        Ok(Stamp { size, modified_ns, inode: self.identity.inode })
+        Ok(Stamp::of(&metadata, size, self.identity.inode))
     }
 
     fn allocated_bytes(&self) -> Result<u64> {

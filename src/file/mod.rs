@@ -8,6 +8,7 @@ mod cache;
 mod direct;
 mod local;
 mod lock;
+mod stamp;
 
 use std::fmt;
 use std::path::Path;
@@ -16,6 +17,7 @@ pub use buffer::AlignedBuffer;
 pub use cache::CacheMode;
 pub use local::LocalFile;
 pub use lock::Lock;
+pub use stamp::Stamp;
 
 use crate::error::Result;
 
@@ -53,17 +55,6 @@ impl Identity {
     pub fn is_block_device(self) -> bool {
         self.device == 0
     }
-}
-
-/// What changes when a file is written to or replaced, but not when it is seen from another machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Stamp {
-    /// Length in bytes, as it is now.
-    pub size: u64,
-    /// When it was written to, in nanoseconds since 1970.
-    pub modified_ns: i64,
-    /// Its number on its file system.
-    pub inode: u64,
 }
 
 /// Whether the file may be written.

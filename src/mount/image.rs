@@ -8,7 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
 use std::thread;
 use std::time::Duration;
 
-use crate::chain::Chain;
+use crate::chain::{Chain, Watch};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layer::{Detail, ExtentKind, GuestOffset};
 
@@ -36,6 +36,8 @@ pub(super) enum Allocated {
 #[derive(Debug)]
 struct Snapshot {
     chain: Chain,
+    /// What the backing files were when the chain was taken.
+    watch: Arc<Watch>,
     count: Mutex<Count>,
     counted: Condvar,
     /// Nobody wants its block count any more; it shall not keep files open for that.
@@ -101,6 +103,11 @@ impl Image {
         previous
     }
 
+    /// What the backing files of the moment were when the chain was taken.
+    pub(super) fn watch(&self) -> Arc<Watch> {
+        self.snapshot().watch.clone()
+    }
+
     /// Virtual size in bytes.
     pub(super) fn size(&self) -> u64 {
         self.snapshot().chain.virtual_size()
@@ -154,6 +161,7 @@ struct Run {
 impl Snapshot {
     fn new(chain: Chain) -> Self {
         Self {
+            watch: Arc::new(Watch::new(&chain.below(0))),
             chain,
             count: Mutex::new(Count::NotAsked),
             counted: Condvar::new(),

@@ -6,7 +6,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::Duration;
 
@@ -25,6 +25,9 @@ const READ_AHEAD: u32 = 1024;
 
 /// After the mount is gone, threads get so long to notice.
 const FAREWELL: Duration = Duration::from_secs(2);
+
+/// How often to look whether somebody has changed a backing file.
+const LOOK: Duration = Duration::from_secs(30);
 
 /// Why a mount ends.
 enum End {
@@ -73,7 +76,13 @@ pub(super) fn mount(
 impl Mounted {
     /// Serves until `umount` or a signal, then takes the mount down.
     pub(super) fn serve(mut self) -> Result<()> {
-        let end = self.ends.recv();
+        let end = loop {
+            match self.ends.recv_timeout(LOOK) {
+                // Who never looks into ctl/status finds it in the log.
+                Err(RecvTimeoutError::Timeout) => drop(self.control.look_at_backing_files()),
+                end => break end,
+            }
+        };
         self.control.close();
         match end {
             Ok(End::Gone(result)) => {

@@ -21,6 +21,7 @@ mod progress;
 mod reclaim;
 mod rehearse;
 mod target;
+mod unchanged;
 mod verify;
 
 use std::sync::Arc;
@@ -33,6 +34,7 @@ pub use reclaim::reclaim;
 pub use rehearse::{Copied, Rehearsal, rehearse};
 
 use target::Target;
+use unchanged::Bases;
 
 use crate::chain::{Chain, Opener};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -122,12 +124,14 @@ pub fn rebase(
             }
             writer.check_tables()?;
             let old = chain.below(0);
+            let bases = Bases::new(&old, &target.chain);
             let known = request.difference(&old, &target.chain)?;
             let report = copy::copy_differences(&writer, &old, &target.chain, known.as_deref(), progress)?;
             if request.verify {
                 progress.enter(Phase::Verify);
                 verify::verify(&image, &old, &target.chain, progress).doing(|| "verifying".to_owned())?;
             }
+            bases.refuse_changed()?;
             report
         }
         Mode::Unsafe => Report::default(),

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use super::unchanged::Bases;
 use super::{Phase, Progress, WriteLock, overlay_of};
 use crate::chain::{Chain, Opener, Source};
 use crate::error::{Context, Error, Result};
@@ -32,8 +33,10 @@ pub fn reclaim(
     writer.check_tables()?;
     progress.enter(Phase::Reclaim);
     let below = chain.below(0);
+    let bases = Bases::new(&below, &below);
     let own = Chain::new([Arc::new(image.clone()) as Arc<dyn Layer>]);
     let dropped = Walk { overlay: &writer, own: &own, below: &below, progress }.drop_equal();
+    bases.refuse_changed()?;
     // What was dropped before an error is dropped all the same.
     writer.commit()?;
     publish(below.under(Arc::new(image.reopen()?)))?;

@@ -4,6 +4,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
+use super::unchanged::Bases;
 use super::{Progress, Report, Request, Target, copy};
 use crate::chain::{Chain, Opener};
 use crate::error::{Error, Result};
@@ -42,8 +43,10 @@ pub fn rehearse(chain: &Chain, opener: &Opener, request: &Request, progress: &Pr
     writer.check_tables()?;
     let notes = Notes { overlay: &writer, ranges: Mutex::default() };
     let old = chain.below(0);
+    let bases = Bases::new(&old, &target.chain);
     let known = request.difference(&old, &target.chain)?;
     let report = copy::copy_differences(&notes, &old, &target.chain, known.as_deref(), progress)?;
+    bases.refuse_changed()?;
     Ok(Rehearsal { report, ranges: notes.into_ranges() })
 }
 

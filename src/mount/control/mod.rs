@@ -3,6 +3,7 @@
 //!
 //! Knows the image and the rebase engine, but neither inodes nor fuser. One job at a time.
 
+mod backing_files;
 mod command;
 mod job;
 mod report;
@@ -15,9 +16,10 @@ use std::thread::JoinHandle;
 
 use super::image::Image;
 use super::tree::ControlFile;
-use crate::chain::Opener;
+use crate::chain::{Change, Opener};
 use crate::error::{Error, ErrorKind, Result};
 use crate::rebase::{Progress, Report};
+use backing_files::BackingFiles;
 pub use command::in_words;
 use command::{Command, Line};
 pub(super) use writer::Writer;
@@ -34,6 +36,7 @@ pub(super) struct Control {
     /// Set once the mount stands; there are no jobs before that.
     mounted: OnceLock<Mounted>,
     state: Mutex<State>,
+    backing_files: Arc<BackingFiles>,
     /// How many jobs there have been: the incarnation of the control files, see
     /// [`Inode`](super::tree::Inode).
     jobs: AtomicU32,
@@ -105,7 +108,14 @@ impl Opened {
 impl Control {
     /// The control files of `image`, which was opened for reading only because of `read_only`.
     pub(super) fn new(image: Arc<Image>, read_only: Option<Error>) -> Self {
-        Self { image, read_only, mounted: OnceLock::new(), state: Mutex::default(), jobs: AtomicU32::new(0) }
+        Self {
+            image,
+            read_only,
+            mounted: OnceLock::new(),
+            state: Mutex::default(),
+            backing_files: Arc::default(),
+            jobs: AtomicU32::new(0),
+        }
     }
 
     /// Lets jobs run from now on: `opener` opens their files, `replaced` is called whenever the
@@ -157,9 +167,11 @@ impl Control {
             ControlFile::Backing => report::backing(&chain),
             ControlFile::Chain => report::chain(&chain),
             ControlFile::Status => {
+                let changes = self.look_at_backing_files();
                 let state = self.state();
                 report::status(
                     &chain,
+                    &changes,
                     state.running.as_deref(),
                     state.last.as_ref(),
                     state.refused.as_deref(),
@@ -168,6 +180,11 @@ impl Control {
             ControlFile::Rebase => self.state().rehearsed.to_vec(),
             ControlFile::Cancel => Vec::new(),
         }
+    }
+
+    /// What has changed of the backing files since the chain was opened; it goes to the log too, once.
+    pub(super) fn look_at_backing_files(&self) -> Vec<Change> {
+        self.backing_files.look(self.image.watch())
     }
 
     /// How many bytes `ctl/rebase` has to read.

@@ -4,7 +4,7 @@ use std::fmt::Display;
 use std::os::unix::ffi::OsStrExt;
 
 use super::{Outcome, Running};
-use crate::chain::Chain;
+use crate::chain::{Chain, Change};
 use crate::error::ErrorKind;
 use crate::rebase::{Phase, Progress, Report};
 
@@ -27,6 +27,7 @@ pub(super) fn chain(chain: &Chain) -> Vec<u8> {
 /// `ctl/status`: lines of `key: value`.
 pub(super) fn status(
     chain: &Chain,
+    changes: &[Change],
     running: Option<&Running>,
     last: Option<&Outcome>,
     refused: Option<&str>,
@@ -41,6 +42,7 @@ pub(super) fn status(
     let backing = chain.top().and_then(|top| top.backing());
     lines.add("backing", backing.map_or(String::new(), |backing| backing.name.display().to_string()));
     chain.broken_off().into_iter().for_each(|why| lines.add("missing", why));
+    changes.iter().for_each(|change| lines.add("changed", change));
     if running.is_none() {
         last.into_iter().for_each(|last| lines.outcome(last));
     }
@@ -136,7 +138,7 @@ mod tests {
     }
 
     fn text(running: Option<&Running>, last: Option<&Outcome>) -> String {
-        String::from_utf8(status(&Chain::default(), running, last, None)).unwrap()
+        String::from_utf8(status(&Chain::default(), &[], running, last, None)).unwrap()
     }
 
     #[test]

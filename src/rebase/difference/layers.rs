@@ -29,18 +29,9 @@ impl ChainKey {
     }
 }
 
-/// The files of a chain, external data files included.
-pub(super) fn files(chain: &Chain) -> impl Iterator<Item = &Arc<dyn HostFile>> {
-    chain.layers().iter().flat_map(|layer| {
-        let data_file = layer.data_file();
-        let is_other = data_file.identity() != layer.file().identity();
-        std::iter::once(layer.file()).chain(is_other.then_some(data_file))
-    })
-}
-
 /// What the files of a chain look like now.
 pub(super) fn stamps(chain: &Chain) -> Result<Vec<Stamp>> {
-    files(chain).map(|file| file.stamp()).collect()
+    chain.files().map(|file| file.stamp()).collect()
 }
 
 /// Samples of a file that make up its fingerprint: the first, the last, and as many between them.
@@ -78,7 +69,7 @@ struct SavedFile {
 pub(super) fn saved(chain: &Chain) -> Result<Vec<SavedLayer>> {
     let layer = |layer: &Arc<dyn Layer>| {
         let one = Chain::new([layer.clone()]);
-        let files = files(&one).map(|file| SavedFile::of(&**file)).collect::<Result<_>>()?;
+        let files = one.files().map(|file| SavedFile::of(&**file)).collect::<Result<_>>()?;
         Ok(SavedLayer { format: layer.format().to_string(), files })
     };
     chain.layers().iter().map(layer).collect()
@@ -91,7 +82,7 @@ impl SavedFile {
             let error = Error::unsupported(what).path(file.path());
             return Err(error.hint("a difference can be kept between regular files only"));
         }
-        let Stamp { size, modified_ns, inode } = file.stamp()?;
+        let Stamp { size, modified_ns, inode, .. } = file.stamp()?;
         let path = std::fs::canonicalize(file.path()).unwrap_or_else(|_| file.path().to_owned());
         let fingerprint = fingerprint(file, size)?;
         Ok(Self { path: path.to_string_lossy().into_owned(), size, modified_ns, inode, fingerprint })

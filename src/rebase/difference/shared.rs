@@ -142,8 +142,8 @@ impl Known {
     /// The difference, if no file has been written to since.
     fn still(&self) -> Result<Arc<Difference>> {
         for (chain, stamps) in self.chains.iter().zip(&self.stamps) {
-            for (file, was) in layers::files(chain).zip(stamps) {
-                if file.stamp()? != *was {
+            for (file, was) in chain.files().zip(stamps) {
+                if file.stamp()?.is_written_since(was) {
                     let what = "was written to while overlays were being moved from or onto it";
                     return Err(Error::new(ErrorKind::Busy, what).path(file.path()));
                 }
