@@ -1,7 +1,7 @@
 //! Persistent bitmaps: the header extension and the directory that it points to.
 //!
-//! Pure, but for reading the directory. Facts from the qcow2 specification, *Bitmaps extension* and *Bitmap directory*;
-//! limits as QEMU sets them.
+//! Pure, but for reading the directory. Facts from the qcow2 specification, *Bitmaps extension* and
+//! *Bitmap directory*; limits as QEMU sets them.
 
 use super::header::Header;
 use crate::error::{Error, Result};

@@ -98,3 +98,52 @@ fn empty_entries(file: &dyn HostFile, at: HostOffset, entries: u64) -> Result<u6
         hole => hole / PIECE * PIECE,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::file::LocalFile;
+    use crate::layer::qcow2::table::encode_words;
+
+    /// Where pieces, reads and holes begin and end, in a table of 100,000 entries.
+    const USED: [u64; 9] = [0, 1, 511, 512, 32_767, 32_768, 65_535, 65_536, 99_999];
+
+    fn table() -> (tempfile::TempDir, LocalFile) {
+        let directory = tempfile::tempdir().unwrap();
+        let file = LocalFile::create(&directory.path().join("f")).unwrap();
+        file.set_size(512 + 800_000).unwrap();
+        for index in USED {
+            file.write_at(HostOffset(512 + index * 8), &encode_words(&[index + 7])).unwrap();
+        }
+        (directory, file)
+    }
+
+    #[test]
+    fn a_table_with_holes_holds_what_a_plain_list_would() {
+        let (_directory, file) = table();
+        let mut table = L1Table::read(&file, 512, 100_000).unwrap();
+        assert!(table.used().eq(USED.map(|index| (index, index + 7))));
+        let words = read_words(&file, HostOffset(512), 100_000).unwrap();
+        assert!((0..100_000).all(|index| table.entry(index) == words[index as usize]));
+        assert!(table.pieces.len() <= USED.len(), "empty pieces are kept");
+        let mut next = Some(0);
+        for index in USED {
+            next = table.next_used(next.unwrap());
+            assert_eq!(next, Some(index));
+            next = Some(index + 1);
+        }
+        assert_eq!(table.next_used(100_000), None);
+        let before = table.clone();
+        table.set_entry(5000, 9);
+        table.set_entry(511, 8);
+        assert_eq!((table.entry(5000), table.entry(511), table.entry(512)), (9, 8, 519));
+        assert_eq!((before.entry(5000), before.entry(511)), (0, 518));
+    }
+
+    #[test]
+    fn a_table_that_leaves_its_file_is_refused_unless_it_may() {
+        let (_directory, file) = table();
+        assert!(L1Table::read(&file, 512, 100_100).is_err());
+        assert_eq!(L1Table::read_cut(&file, 512, 4 << 20).unwrap().used().count(), USED.len());
+    }
+}

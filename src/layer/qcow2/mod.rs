@@ -123,7 +123,7 @@ pub struct Qcow2 {
     /// Names this layer in the cache.
     number: u64,
     virtual_size: u64,
-    l1: L1Table,
+    l1: Arc<L1Table>,
     /// Whether clusters that are data by the tables can be holes of the file all the same, as in
     /// an image with preallocated metadata.
     is_sparse: bool,
@@ -149,7 +149,7 @@ impl Qcow2 {
             cache,
             number: TableCache::next_layer_number(),
             virtual_size: whole_sectors(header.size),
-            l1,
+            l1: Arc::new(l1),
             preamble: Arc::new(preamble),
         })
     }
@@ -205,7 +205,7 @@ impl Qcow2 {
         let l1 = L1Table::read(&*self.file, snapshot.l1_offset, snapshot.l1_entries)
             .path(self.file.path())
             .doing(|| format!("opening snapshot '{}'", snapshot.name))?;
-        Ok(Self { l1, virtual_size: whole_sectors(snapshot.disk_size), ..self.clone() })
+        Ok(Self { l1: Arc::new(l1), virtual_size: whole_sectors(snapshot.disk_size), ..self.clone() })
     }
 
     /// The L2 entry for the cluster at `at`, `None` if there is no L2 table.
