@@ -32,9 +32,9 @@ class Maker:
                     self.fill(file, at, min(MIB, offset + length - at))
             os.fsync(file.fileno())
 
-    def changed_copy(self, name, source, clusters=()):
+    def changed_copy(self, name, source, clusters=(), how="--sparse=auto"):
         """A copy of a raw file in which these clusters hold something else."""
-        run("cp", "--sparse=auto", self.path(source), self.path(name))
+        run("cp", how, self.path(source), self.path(name))
         with open(self.path(name), "r+b") as file:
             for cluster in clusters:
                 self.fill(file, cluster * CLUSTER, CLUSTER)

@@ -1,5 +1,7 @@
 """The machine: are tools and space there, what it is, and how busy."""
 
+import contextlib
+import functools
 import json
 import os
 import platform
@@ -45,12 +47,30 @@ def demand_space(scratch, is_quick):
 
 def build():
     """Builds the release; returns the program."""
-    command = ["cargo", "build", "--release", "--locked", "--bin", "rebasefs", "--message-format=json"]
-    built = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    if built.returncode:
+    return built(["cargo", "build", "--release", "--locked", "--bin", "rebasefs", "--message-format=json"])
+
+
+def built(command):
+    ended = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if ended.returncode:
         sys.exit("scripts/bench: the release does not build")
-    messages = map(json.loads, built.stdout.splitlines())
+    messages = map(json.loads, ended.stdout.splitlines())
     return [m["executable"] for m in messages if m.get("executable")][-1]
+
+
+@functools.cache
+def example(name):
+    """Builds an example; returns the program."""
+    return built(["cargo", "build", "--release", "--locked", "--example", name, "--message-format=json"])
+
+
+def same_read_ahead(path, other):
+    """Lets the kernel read as far ahead in the second mount as in the first."""
+    setting = "/sys/class/bdi/{}:{}/read_ahead_kb"
+    first, second = (setting.format(os.major(device), os.minor(device))
+                     for device in (os.stat(each).st_dev for each in (path, other)))
+    with contextlib.suppress(PermissionError):
+        Path(second).write_text(Path(first).read_text())
 
 
 def described(scratch):

@@ -1,6 +1,7 @@
 """Read workloads: one image exported by `rebasefs mount` and by qemu-storage-daemon's FUSE export.
 
-A workload is a way to prepare a file and a way to read all or some of it. The image is an overlay
+Beside them a server that answers from memory and has no image at all shows what FUSE itself costs: the
+floor. A workload is a way to prepare a file and a way to read all or some of it. The image is an overlay
 that holds 20 % on a raw file of 2 GiB; both servers stand throughout, so that neither is cold.
 """
 
@@ -13,7 +14,7 @@ import time
 from multiprocessing import get_context
 from typing import Callable, NamedTuple
 
-from . import images, processes
+from . import images, machine, processes
 from .images import KIB, MIB
 from .rebases import dense
 from .report import Row
@@ -87,19 +88,21 @@ class Read(NamedTuple):
     runs: int = 5
 
     def measure(self, program, scratch, runs, is_quick):
-        with exported(program, scratch / "exported", is_quick) as (ours, qemu):
+        with exported(program, scratch / "exported", is_quick) as (ours, qemu, null):
             for _ in range(runs):
-                for export in (ours, qemu):
-                    export.runs.append(self.once(export))
+                for export in (ours, qemu, null):
+                    self.prepare(export.path)
+                    export.runs.append(taken(export, self.read))
             amount = os.stat(qemu.path).st_size // MIB if self.unit == "MiB" else SMALL_READS
             yield Row(self.name, ours.runs, qemu.runs, self.unit, amount)
+            yield Row(self.name, ours.runs, null.runs, self.unit, amount, beside="the null server")
 
-    def once(self, export):
-        self.prepare(export.path)
-        processes.forget_peak(export.server)
-        before = processes.cpu(export.server)
-        seconds = self.read(export.path)
-        return processes.Run(seconds, processes.cpu(export.server) - before, processes.peak(export.server))
+
+def taken(export, read):
+    processes.forget_peak(export.server)
+    before = processes.cpu(export.server)
+    seconds = read(export.path)
+    return processes.Run(seconds, processes.cpu(export.server) - before, processes.peak(export.server))
 
 
 class Export(NamedTuple):
@@ -110,34 +113,48 @@ class Export(NamedTuple):
 
 @contextlib.contextmanager
 def exported(program, directory, is_quick):
-    """The image (made when it is needed first) as a file of rebasefs and as one of QEMU."""
+    """The image (made when it is needed first) as a file of rebasefs and as one of QEMU, and the floor."""
     if not directory.exists():
         directory.mkdir()
         dense(images.Maker(directory), 8 if is_quick else 1)
         (directory / "new.raw").unlink()
     images.into_page_cache(directory)
-    with ours(program, directory) as first, qemu(directory) as second:
+    with ours(program, directory) as first, qemu(directory) as second, null(directory, first) as third:
         demand_same(first.path, second.path)
-        yield first, second
+        yield first, second, third
 
 
 @contextlib.contextmanager
-def ours(program, directory):
-    mountpoint = directory / "mnt"
+def ours(program, directory, image="cow.qcow2"):
+    mountpoint = directory / f"{image}.mnt"
     mountpoint.mkdir(exist_ok=True)
-    server = subprocess.Popen([program, "mount", "--foreground", directory / "cow.qcow2", mountpoint])
+    server = subprocess.Popen([program, "mount", "--foreground", directory / image, mountpoint])
     with ended_at_exit(server):
         wait_until(mountpoint.is_mount, server)
         yield Export(str(mountpoint / "disk.raw"), server.pid, [])
 
 
 @contextlib.contextmanager
-def qemu(directory):
+def null(directory, ours):
+    mountpoint = directory / "null.mnt"
+    mountpoint.mkdir(exist_ok=True)
+    server = subprocess.Popen([machine.example("null-server"), mountpoint, str(os.stat(ours.path).st_size)])
+    try:
+        wait_until(mountpoint.is_mount, server)
+        machine.same_read_ahead(ours.path, mountpoint)
+        yield Export(str(mountpoint / "disk.raw"), server.pid, [])
+    finally:
+        images.run("umount", mountpoint)
+        server.wait()
+
+
+@contextlib.contextmanager
+def qemu(directory, image="cow.qcow2"):
     file = directory / "qemu.raw"
     file.touch()
     server = subprocess.Popen([
         "qemu-storage-daemon",
-        "--blockdev", f"qcow2,node-name=disk,read-only=on,file.driver=file,file.filename={directory}/cow.qcow2",
+        "--blockdev", f"qcow2,node-name=disk,read-only=on,file.driver=file,file.filename={directory}/{image}",
         "--export", f"fuse,id=export,node-name=disk,mountpoint={file}"])
     with ended_at_exit(server):
         wait_until(lambda: file.stat().st_size > 0, server)

@@ -4,6 +4,7 @@ A workload makes cow.qcow2 and its files in a directory, and returns the new bac
 format as they are given to both programs.
 """
 
+import contextlib
 import shutil
 from typing import Callable, NamedTuple
 
@@ -74,13 +75,26 @@ def same(make, scale):
     return "new.raw", "raw"
 
 
+def reflink(make, scale):
+    size = 2 * GIB // scale
+    make.raw("old.raw", size, dense_runs(size))
+    make.changed_copy("new.raw", "old.raw", make.some_clusters(size, 0.01), how="--reflink=always")
+    make.overlay("cow.qcow2", size, make.some_clusters(size, 0.20), "old.raw", "raw")
+    return "new.raw", "raw"
+
+
 class Rebase(NamedTuple):
     name: str
     what: str
     make: Callable
     runs: int = 5
+    filesystem: Callable = contextlib.nullcontext  # of the scratch directory
 
     def measure(self, program, scratch, runs, is_quick):
+        with self.filesystem(scratch) as scratch:
+            yield from self.measure_in(scratch, program, runs, is_quick)
+
+    def measure_in(self, scratch, program, runs, is_quick):
         directory = scratch / self.name
         directory.mkdir()
         try:
@@ -105,6 +119,22 @@ class Rebase(NamedTuple):
         return Row(self.name, *measured.values(), sizes=sizes)
 
 
+@contextlib.contextmanager
+def btrfs(scratch):
+    """A file system that shares extents. Only root can mount one."""
+    disk, mountpoint = scratch / "btrfs", scratch / "btrfs.mnt"
+    with open(disk, "wb") as file:
+        file.truncate(12 * GIB)
+    images.run("mkfs.btrfs", "-q", disk)
+    mountpoint.mkdir()
+    images.run("mount", "-o", "loop", disk, mountpoint)
+    try:
+        yield mountpoint
+    finally:
+        images.run("umount", mountpoint)
+        disk.unlink()
+
+
 def demand_same(directory, ours, qemu):
     """A time counts only if the work was done: the guest's bytes kept, the image sound."""
     for overlay in (ours, qemu):
@@ -120,4 +150,6 @@ WORKLOADS = [
     Rebase("flatten", "onto no backing file; the old one has 2 GiB, 7/8 data", flatten),
     Rebase("compressed", "two zlib-compressed qcow2 files of 512 MiB, 1 % of the clusters differ", compressed),
     Rebase("same", "onto a bit-for-bit copy of the 2 GiB backing file", same),
+    Rebase("reflink", "onto a copy on Btrfs that shares all but 1 % of its extents with the 2 GiB backing file",
+           reflink, filesystem=btrfs),
 ]
