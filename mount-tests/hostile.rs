@@ -142,6 +142,32 @@ fn an_external_data_file_that_snapshots_share_is_not_written() {
     is_left_alone(&s, "with an external data file has snapshots");
 }
 
+/// What is filled in would be written to the backing file, whose locks `-U` does not take.
+#[test]
+fn an_overlay_whose_data_file_is_its_backing_file_is_refused() {
+    for (data, backing, target) in [("old", "old", "new"), ("new", "old", "new"), ("old", "mid", "new")] {
+        let s = overlay();
+        s.qemu_img("create -q -f qcow2 -b old -F raw mid");
+        s.qemu_img("create -q -f qcow2 -o data_file=dat a.qcow2 512k");
+        s.draw("a.qcow2", CLUSTER as usize, "aa bb");
+        let format = if backing == "mid" { "qcow2" } else { "raw" };
+        s.rebasefs(&format!("rebase -u -b {backing} -F {format} a.qcow2"));
+        let bytes = std::fs::read(s.path("a.qcow2")).unwrap();
+        let at = bytes.windows(4).position(|window| window == b"dat\0").unwrap() as u64;
+        s.poke("a.qcow2", at, data.as_bytes());
+        let before = ["a.qcow2", "old", "new"].map(|name| std::fs::read(s.path(name)).unwrap());
+        for options in ["", "-U", "-U --dry-run"] {
+            let said = s.rebasefs_fails(1, &format!("rebase {options} -b {target} -F raw a.qcow2"));
+            assert!(said.contains("has an external data file in common with"), "{options}: {said}");
+        }
+        let after = ["a.qcow2", "old", "new"].map(|name| std::fs::read(s.path(name)).unwrap());
+        assert!(before == after);
+        // Another reference is the way out.
+        s.draw_raw("third", CLUSTER as usize, "11 22");
+        s.rebasefs("rebase -u -b third -F raw a.qcow2");
+    }
+}
+
 /// Runs rebasefs with 64 MiB of memory to write to, and a minute.
 fn in_little_memory(s: &Scratch, line: &str) -> Ended {
     let ended = s.run("timeout", &format!("60 prlimit --data={} {} {line}", 64 << 20, rebasefs()));

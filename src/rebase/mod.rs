@@ -33,7 +33,7 @@ pub use progress::{Phase, Progress};
 pub use reclaim::reclaim;
 pub use rehearse::{Copied, Rehearsal, rehearse};
 
-use target::Target;
+use target::{Target, refuse_shared_files};
 use unchanged::Bases;
 
 use crate::chain::{Chain, Opener};
@@ -111,6 +111,9 @@ pub fn rebase(
     let image = overlay_of(top)?;
     progress.enter(Phase::Plan);
     let target = Target::open(top, opener, request)?;
+    if request.mode == Mode::Safe {
+        refuse_shared_files(top, &chain.below(0))?;
+    }
     let lock = WriteLock::take(top, opener)?;
     // As it is now: an earlier rebase of this chain that was stopped has written to it.
     let mut image = image.reopen()?;

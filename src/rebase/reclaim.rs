@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use super::target::refuse_shared_files;
 use super::unchanged::Bases;
 use super::{Phase, Progress, WriteLock, overlay_of};
 use crate::chain::{Chain, Opener, Source};
@@ -27,12 +28,13 @@ pub fn reclaim(
     publish: impl FnOnce(Chain) -> Result<()>,
 ) -> Result<u64> {
     let top = chain.top().ok_or_else(|| Error::invalid("there is no image to reclaim space from"))?;
+    let below = chain.below(0);
+    refuse_shared_files(top, &below)?;
     let _lock = WriteLock::take(top, opener)?;
     let image = overlay_of(top)?.reopen()?;
     let writer = Writer::open(&image)?;
     writer.check_tables()?;
     progress.enter(Phase::Reclaim);
-    let below = chain.below(0);
     let bases = Bases::new(&below, &below);
     let own = Chain::new([Arc::new(image.clone()) as Arc<dyn Layer>]);
     let dropped = Walk { overlay: &writer, own: &own, below: &below, progress }.drop_equal();

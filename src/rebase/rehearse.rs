@@ -43,6 +43,7 @@ pub fn rehearse(chain: &Chain, opener: &Opener, request: &Request, progress: &Pr
     writer.check_tables()?;
     let notes = Notes { overlay: &writer, ranges: Mutex::default() };
     let old = chain.below(0);
+    super::refuse_shared_files(top, &old)?;
     let bases = Bases::new(&old, &target.chain);
     let known = request.difference(&old, &target.chain)?;
     let report = copy::copy_differences(&notes, &old, &target.chain, known.as_deref(), progress)?;

@@ -32,6 +32,7 @@ impl Target {
             (Err(error), Mode::Safe) => return Err(error),
         };
         refuse_loop(top, &chain, backing)?;
+        refuse_shared_files(top, &chain)?;
         let format = match (&backing.format, chain.top()) {
             (None, Some(layer)) => Some(layer.format().to_string()),
             (format, _) => format.clone(),
@@ -89,6 +90,21 @@ fn refuse_loop(top: &Arc<dyn Layer>, chain: &Chain, backing: &Reference) -> Resu
                 _ => format!("the chain of '{name}' contains the overlay (as its layer {depth})"),
             };
             Err(Error::new(ErrorKind::Loop, what).path(top.file().path()))
+        }
+    }
+}
+
+/// What is written to the overlay must not change what lies below it (invariant I5): the one's
+/// external data file may be the other.
+pub(super) fn refuse_shared_files(top: &Arc<dyn Layer>, below: &Chain) -> Result<()> {
+    let files = |layer: &Arc<dyn Layer>| [layer.file().identity(), layer.data_file().identity()];
+    let own = files(top);
+    match below.layers().iter().find(|layer| files(layer).iter().any(|file| own.contains(file))) {
+        None => Ok(()),
+        Some(layer) => {
+            let what = format!("has an external data file in common with {}", layer.file().path().display());
+            let hint = "give it a data file of its own, with `qemu-img convert`";
+            Err(Error::new(ErrorKind::Loop, what).path(top.file().path()).hint(hint))
         }
     }
 }
