@@ -58,12 +58,8 @@ fn no_power_cut_leaves_anything_but_the_old_or_the_new_reference() {
         for length in NAMES {
             let file = MemoryFile::new(bytes.clone());
             let before = open(&file).backing().cloned();
-            let request = Request {
-                backing: reference(length),
-                mode: Mode::Unsafe,
-                verify: false,
-                ..Request::default()
-            };
+            let request =
+                Request { backing: reference(length), mode: Mode::Unsafe, force: true, ..Request::default() };
             let chain = Chain::new([Arc::new(open(&file)) as Arc<dyn Layer>]);
             if let Err(error) = rebase(&chain, &Opener::new(), &request, &Progress::default()) {
                 assert_eq!(error.kind(), ErrorKind::NoSpace, "{options}: {error}");

@@ -33,7 +33,7 @@ pub(super) struct Arguments {
     #[arg(short, long, value_name = "FILE")]
     backing: Option<String>,
     /// Format of the backing file; recognised from the file if left out, and recorded
-    #[arg(short = 'F', short_alias = 'B', long, value_name = "FMT")]
+    #[arg(short = 'F', visible_short_alias = 'B', long, value_name = "FMT")]
     backing_format: Option<String>,
     /// Do not open the backing file; SIZE and -F are needed then
     #[arg(short = 'u', long)]

@@ -19,7 +19,7 @@ pub struct Options {
     #[arg(short, long, value_name = "FILE")]
     pub backing: Option<OsString>,
     /// Format of the new backing file; recognised from the file if left out
-    #[arg(short = 'F', short_alias = 'B', long, value_name = "FORMAT", value_parser = format_name)]
+    #[arg(short = 'F', visible_short_alias = 'B', long, value_name = "FORMAT", value_parser = format_name)]
     pub backing_format: Option<String>,
     /// Unsafe: change the reference only, for a backing file that was moved or renamed
     #[arg(short = 'u', long = "backing-unsafe")]
