@@ -4,7 +4,7 @@
 use std::fs::{File, FileTimes};
 
 use super::{CLUSTER, all_stand_on, bytes_of, bytes_read, seen, siblings};
-use crate::scratch::Scratch;
+use crate::scratch::{LoopDevice, Scratch};
 
 const SAVE: &str = "rebase -q -b new -F raw --save-difference saved o0";
 
@@ -144,4 +144,21 @@ fn an_older_difference_stays_where_a_new_one_cannot_be_found() {
     assert!(before == bytes_of(&scratch, &["saved"]));
     // Nothing is left beside it.
     assert!(!scratch.run("ls", "").stdout.contains(".new"));
+}
+
+#[test]
+fn a_block_device_has_no_difference_to_keep() {
+    let scratch = siblings("11 11", "11 22", 2);
+    let device = LoopDevice::attach(&scratch.path("new"));
+    let overlays = ["o0", "o1"];
+    let (before, files) = (seen(&scratch, &overlays), bytes_of(&scratch, &overlays));
+    let line = format!("rebase -b {} -F raw o0 o1", device.path());
+    let said = scratch.rebasefs_fails(1, &format!("{line} --save-difference saved"));
+    assert!(said.contains(&format!("{}: has no modification time", device.path())), "{said}");
+    assert!(said.contains("saved: was not written"), "{said}");
+    assert!(files == bytes_of(&scratch, &overlays) && !scratch.path("saved").exists());
+    // Without keeping it there is nothing to be said against block devices.
+    scratch.rebasefs(&line);
+    assert!(before == seen(&scratch, &overlays), "guest bytes changed");
+    all_stand_on(&scratch, &overlays, device.path());
 }

@@ -85,7 +85,7 @@ impl Request {
 pub struct Report {
     /// What the overlay did not hold.
     pub missing: u64,
-    /// Of that: equal by metadata, not read.
+    /// Of that: equal by metadata or known to be equal, not read.
     pub equal: u64,
     /// Of that: read and compared.
     pub compared: u64,

@@ -110,7 +110,7 @@ pub(super) fn run(
         request: Request { differences: Some(differences.clone()), ..request },
         at_a_time: options.jobs.map_or_else(Many::usual_number, usize::from),
     };
-    let together = Together::new(many.overlays.len(), differences, progress.clone());
+    let together = Together::new(many.overlays.len(), differences.clone(), progress.clone());
     let results =
         Results { arguments, many: &many, failed: AtomicUsize::new(0), unprinted: Mutex::default() };
     let work = || {
@@ -129,6 +129,9 @@ pub(super) fn run(
         true => report::shown(|| together.fraction(), work),
         false => work(),
     };
+    if let Some(file) = options.save_difference.as_ref().filter(|_| !differences.are_saved()) {
+        log::warn!("{}: was not written: no backing files were compared", file.display());
+    }
     match (done, stop.signal()) {
         (Err(error), Some(signal)) if error.kind() == ErrorKind::Cancelled => {
             print::complain(&format!("rebasefs: {} before anything was written", stop::name(signal)));

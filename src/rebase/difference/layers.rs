@@ -65,7 +65,7 @@ struct SavedFile {
 /// A chain as it is now.
 ///
 /// # Errors
-/// A file cannot be read; or it is a block device, which nobody can tell whether it was written to.
+/// A file cannot be read, or has no modification time, as block devices have none.
 pub(super) fn saved(chain: &Chain) -> Result<Vec<SavedLayer>> {
     let layer = |layer: &Arc<dyn Layer>| {
         let one = Chain::new([layer.clone()]);
@@ -77,12 +77,12 @@ pub(super) fn saved(chain: &Chain) -> Result<Vec<SavedLayer>> {
 
 impl SavedFile {
     fn of(file: &dyn HostFile) -> Result<Self> {
-        if file.identity().is_block_device() {
-            let what = "is a block device: nothing tells whether it has been written to since";
-            let error = Error::unsupported(what).path(file.path());
-            return Err(error.hint("a difference can be kept between regular files only"));
-        }
         let Stamp { size, modified_ns, inode, .. } = file.stamp()?;
+        if file.identity().is_block_device() || modified_ns == 0 {
+            let what = "has no modification time: nothing tells whether it has been written to since";
+            let error = Error::unsupported(what).path(file.path());
+            return Err(error.hint("a difference can be kept between files of a file system that has them"));
+        }
         let path = std::fs::canonicalize(file.path()).unwrap_or_else(|_| file.path().to_owned());
         let fingerprint = fingerprint(file, size)?;
         Ok(Self { path: path.to_string_lossy().into_owned(), size, modified_ns, inode, fingerprint })

@@ -69,6 +69,11 @@ impl Differences {
         Self { saving: Some((path.to_owned(), Mutex::default())), ..self }
     }
 
+    /// Whether something was saved.
+    pub fn are_saved(&self) -> bool {
+        self.saving.as_ref().is_some_and(|(_, saved)| !lock(saved).is_empty())
+    }
+
     /// Whether nothing is found here, but looked up in a file.
     pub fn is_loaded(&self) -> bool {
         self.loaded.is_some()

@@ -101,7 +101,13 @@ impl Many {
         };
         std::thread::scope(|scope| {
             for _ in 1..self.at_a_time.min(count) {
-                scope.spawn(worker);
+                // Those that there are do the work.
+                if let Err(e) =
+                    std::thread::Builder::new().name("overlays".into()).spawn_scoped(scope, worker)
+                {
+                    log::debug!("no more threads: {e}");
+                    break;
+                }
             }
             worker();
         });
