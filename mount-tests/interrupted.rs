@@ -53,7 +53,7 @@ pub fn ended(mut process: Child) -> (Option<i32>, String, String) {
 }
 
 /// The bytes that the overlay holds itself, as qemu-img sees it.
-fn held(s: &Scratch) -> u64 {
+pub fn held(s: &Scratch) -> u64 {
     let map = s.qemu_img("map --output=json cow.qcow2");
     let map: Vec<serde_json::Value> = serde_json::from_str(&map).unwrap();
     map.iter().filter(|extent| extent["depth"] == 0).map(|extent| extent["length"].as_u64().unwrap()).sum()

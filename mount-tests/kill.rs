@@ -3,9 +3,10 @@
 
 use std::process::Command;
 
+use crate::interrupted::{held, large};
 use crate::mounted::{Mounted, is_running, wait_until};
 use crate::scratch::{Scratch, rebasefs};
-use crate::traced::{At, failing, on_one_processor};
+use crate::traced::{At, failing, injecting, on_one_processor};
 
 const REBASE: &str = "rebase -b new.raw -F raw cow.qcow2";
 
@@ -99,6 +100,33 @@ impl Case {
             copied.push(self.rebase(&format!("after {at:?}")));
         }
     }
+
+    /// Kills the server there, which rebases under a mount; what a second mount's rebase has to copy.
+    /// `None` if there is no such call.
+    fn killed_under_the_mount(&self, at: At) -> Option<u64> {
+        let s = &self.scratch;
+        self.start_afresh();
+        let mountpoint = s.path("mnt");
+        let mut mount = on_one_processor();
+        let mount = mount.args([rebasefs(), "mount", "cow.qcow2"]).arg(&mountpoint).current_dir(s.path(""));
+        assert!(mount.status().unwrap().success());
+        let mounted = Mounted::found(mountpoint);
+        at.attach(mounted.server());
+        if mounted.rebase("new.raw").is_ok() {
+            return None;
+        }
+        wait_until("the server is dead", || !is_running(mounted.server()));
+        mounted.unmount();
+        self.is_sound(&format!("{at:?}"));
+        let again = Mounted::new(s, "cow.qcow2");
+        assert!(again.bytes() == self.truth[0], "{at:?}");
+        again.rebase("new.raw").unwrap();
+        let figure = |key: &str| again.status(key).parse::<u64>().unwrap();
+        let copied = figure("bytes-copied") + figure("bytes-zeroed");
+        again.unmount();
+        self.is_sound(&format!("after {at:?}"));
+        Some(copied)
+    }
 }
 
 /// The size before a word of the summary: `128 KiB copied`.
@@ -132,33 +160,57 @@ fn killed_at_any_write_or_sync_it_loses_nothing_and_goes_on_from_there() {
 }
 
 #[test]
-fn a_server_killed_at_any_write_of_a_rebase_loses_nothing() {
+fn a_server_killed_at_any_write_or_sync_of_a_rebase_loses_nothing_and_goes_on_from_there() {
     let case = Case::new(SHAPES[2]);
-    let s = &case.scratch;
-    s.ok("mkdir", "mnt");
-    for number in 1.. {
-        case.start_afresh();
-        let at = At { system_call: "pwrite64", number, signal: "KILL" };
-        let mountpoint = s.path("mnt");
-        let mut mount = on_one_processor();
-        let mount = mount.args([rebasefs(), "mount", "cow.qcow2"]).arg(&mountpoint).current_dir(s.path(""));
-        assert!(mount.status().unwrap().success());
-        let mounted = Mounted::found(mountpoint);
-        at.attach(mounted.server());
-        let rebased = mounted.rebase("new.raw");
-        if rebased.is_ok() {
-            assert!(number > 5, "only {number} writes");
-            break;
+    let full = case.rebase("uninterrupted");
+    case.scratch.ok("mkdir", "mnt");
+    let mut kills = 0;
+    for system_call in ["pwrite64", "fdatasync"] {
+        let mut left = Vec::new();
+        while let Some(copied) =
+            case.killed_under_the_mount(At { system_call, number: left.len() + 1, signal: "KILL" })
+        {
+            left.push(copied);
         }
-        wait_until("the server is dead", || !is_running(mounted.server()));
-        mounted.unmount();
-        case.is_sound(&format!("{at:?}"));
-        let again = Mounted::new(s, "cow.qcow2");
-        assert!(again.bytes() == case.truth[0], "{at:?}");
-        again.rebase("new.raw").unwrap();
-        again.unmount();
-        case.is_sound(&format!("after {at:?}"));
+        assert_eq!((left[0], left[left.len() - 1]), (full, 0), "{system_call}: {left:?}");
+        assert!(left.is_sorted_by(|earlier, later| earlier >= later), "{system_call}: {left:?}");
+        kills += left.len();
     }
+    println!("a server was {kills} times killed, nothing lost");
+    assert!(kills > 8, "only {kills} times killed");
+}
+
+/// Several workers copy at the same time. Each counts for itself; nobody knows who is killed where.
+#[test]
+fn several_workers_killed_at_any_write_or_sync_lose_nothing_and_go_on_from_there() {
+    let s = large();
+    let (fresh, total) = (std::fs::read(s.path("cow.qcow2")).unwrap(), 16 << 20);
+    let mut kills = Vec::new();
+    for (system_call, step) in [("pwrite64", 4), ("fdatasync", 1)] {
+        for number in (1..).step_by(step) {
+            s.write("cow.qcow2", &fresh);
+            let killing = injecting(system_call, &format!("signal=SIGKILL:when={number}"));
+            let mut rebase = Command::new("strace");
+            rebase.args(killing).arg("-D").arg(rebasefs()).args(REBASE.split(' ')).current_dir(s.path(""));
+            match rebase.output().unwrap().status.code() {
+                None => {}
+                Some(0) => break,
+                Some(code) => panic!("{system_call} {number}: {code}"),
+            }
+            let when = format!("{system_call} {number}");
+            assert!(matches!(s.run("qemu-img", "check cow.qcow2").code, Some(0 | 3)), "{when}");
+            assert!(s.guest_bytes("qcow2", "cow.qcow2") == vec![0x11; total as usize], "{when}");
+            let kept = held(&s);
+            let again: serde_json::Value =
+                serde_json::from_str(&s.rebasefs(&format!("{REBASE} --output json"))).unwrap();
+            assert_eq!(again["copied"], total - kept, "{when}");
+            assert!(s.guest_bytes("qcow2", "cow.qcow2") == vec![0x11; total as usize], "{when}");
+            assert!(matches!(s.run("qemu-img", "check cow.qcow2").code, Some(0 | 3)), "{when}");
+            kills.push(kept);
+        }
+    }
+    println!("{} times killed with several workers, bytes kept: {kills:?}", kills.len());
+    assert!(kills.len() > 5 && kills.contains(&total), "{} times killed", kills.len());
 }
 
 #[test]

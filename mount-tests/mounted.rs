@@ -107,8 +107,15 @@ impl Mounted {
 impl Drop for Mounted {
     fn drop(&mut self) {
         if is_mounted(&self.mountpoint) {
-            let umount = Command::new("umount").arg(&self.mountpoint).status().expect("running umount");
-            if !umount.success() {
+            // A process that another test is starting at this moment has copies of our open files
+            // until it executes its program.
+            let umount = || Command::new("umount").arg(&self.mountpoint).output().expect("running umount");
+            let is_done = (0..50).any(|_| {
+                let is_done = umount().status.success();
+                std::thread::sleep(Duration::from_millis(if is_done { 0 } else { 20 }));
+                is_done
+            });
+            if !is_done {
                 let _ = Command::new("umount").arg("--lazy").arg(&self.mountpoint).status();
                 assert!(std::thread::panicking(), "{} is still in use", self.mountpoint.display());
             }
