@@ -292,6 +292,14 @@ fn a_rebase_of_a_dirty_image_repairs_it_first() {
     let s = Scratch::new();
     s.draw_raw("new", 65536, "21 22 23 24");
     kill_while_writing(&s, "lazy_refcounts=on", "write -P 0x11 64k 128k");
+    // A dry run writes nothing, not even that; what would be copied does not hang on refcounts.
+    let dirty = std::fs::read(s.path("i.qcow2")).unwrap();
+    let dry = s.run(rebasefs(), "rebase --dry-run -b new -F raw --output json i.qcow2");
+    assert!(dry.code == Some(0) && dry.stderr.contains("was not closed properly"), "{}", dry.stderr);
+    assert!(std::fs::read(s.path("i.qcow2")).unwrap() == dirty);
+    let dry: Value = serde_json::from_str(&dry.stdout).unwrap();
+    // Clusters 0 and 3 of the new one.
+    assert_eq!((&dry["zeroed"], &dry["copied"]), (&(2 * 65536).into(), &0.into()));
     let said = s.run("env", &format!("RUST_LOG=info {} rebase -b new -F raw i.qcow2", rebasefs()));
     assert_eq!(said.code, Some(0), "{}", said.stderr);
     assert!(said.stderr.contains("was not closed properly; repaired"), "{}", said.stderr);

@@ -159,6 +159,13 @@ impl Error {
         self
     }
 
+    /// Adds another thing to do about it.
+    #[must_use]
+    pub fn or_hint(mut self, other: &str) -> Self {
+        let hint = self.0.hint.take().map_or_else(|| other.to_owned(), |hint| format!("{hint}; {other}"));
+        self.hint(hint)
+    }
+
     /// Adds what was being done, from the inside out.
     #[must_use]
     pub fn doing(mut self, doing: impl Into<String>) -> Self {

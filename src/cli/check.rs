@@ -71,6 +71,13 @@ impl From<Repair> for repair::Repair {
     }
 }
 
+impl Arguments {
+    /// Whether it writes.
+    pub(super) fn repairs(&self) -> bool {
+        self.repair.is_some()
+    }
+}
+
 pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
     arguments.refused.check()?;
     let format = options::format(arguments.format.as_deref())?;

@@ -19,7 +19,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::sys;
 
 /// Mount a copy-on-write disk image as a flat file, and rebase it safely while it is mounted.
@@ -64,6 +64,14 @@ fn failure(typed: &[OsString]) -> ExitCode {
     ExitCode::from(if is_compare { 2 } else { 1 })
 }
 
+/// Who only reads may do so beside somebody who writes, if he wants to.
+fn or_force_share(error: Error) -> Error {
+    match error.kind() {
+        ErrorKind::Busy => error.or_hint("or read it all the same with -U; what is read may be torn"),
+        _ => error,
+    }
+}
+
 impl Command {
     fn run(self) -> Result<ExitCode> {
         // A chain of 1000 layers is 1000 open files, and 1024 is a common limit.
@@ -76,10 +84,11 @@ impl Command {
         match self {
             Self::Mount(arguments) => mount::run(arguments),
             Self::Rebase(arguments) => rebase::run(&arguments),
-            Self::Info(arguments) => info::run(&arguments),
-            Self::Map(arguments) => map::run(&arguments),
-            Self::Compare(arguments) => compare::run(&arguments),
-            Self::Check(arguments) => check::run(&arguments),
+            Self::Info(arguments) => info::run(&arguments).map_err(or_force_share),
+            Self::Map(arguments) => map::run(&arguments).map_err(or_force_share),
+            Self::Compare(arguments) => compare::run(&arguments).map_err(or_force_share),
+            Self::Check(arguments) if arguments.repairs() => check::run(&arguments),
+            Self::Check(arguments) => check::run(&arguments).map_err(or_force_share),
             Self::Create(arguments) => create::run(&arguments),
         }
     }

@@ -32,7 +32,8 @@ pub struct Rehearsal {
 }
 
 /// Finds out what [`rebase`](super::rebase) would do for a safe request, without writing. The
-/// overlay may be open for reading only. Refuses what the rebase would refuse.
+/// overlay may be open for reading only. Refuses what the rebase would refuse, as far as that can be
+/// told before an image that was not closed properly is repaired.
 pub fn rehearse(chain: &Chain, opener: &Opener, request: &Request, progress: &Progress) -> Result<Rehearsal> {
     let top = chain.top().ok_or_else(|| Error::invalid("there is no image to rebase"))?;
     // As it is now: an earlier rebase of this chain that was stopped has written to it.
@@ -40,7 +41,15 @@ pub fn rehearse(chain: &Chain, opener: &Opener, request: &Request, progress: &Pr
     let target = Target::open(top, opener, request)?;
     let writer = super::open_writer(&image, request)?;
     writer.check_backing(target.backing.as_ref())?;
-    writer.check_tables()?;
+    match image.is_dirty() {
+        false => writer.check_tables()?,
+        // The rebase repairs its refcounts first, and what is copied does not depend on them.
+        true => log::warn!(
+            "{}: was not closed properly; the rebase will repair its refcounts first, and refuse it if it is \
+             damaged otherwise",
+            top.file().path().display()
+        ),
+    }
     let notes = Notes { overlay: &writer, ranges: Mutex::default() };
     let old = chain.below(0);
     super::refuse_shared_files(top, &old)?;
