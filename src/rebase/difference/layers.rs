@@ -11,21 +11,31 @@ use crate::error::{Error, Result};
 use crate::file::{HostFile, HostOffset, Identity, Stamp};
 use crate::layer::{Format, Layer};
 
-/// Tells open chains apart: the same files in the same formats.
+/// Tells open chains apart: the same files, of the same size when they were opened, in the same formats.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
-pub struct ChainKey(Vec<(Identity, Identity, Format)>);
+pub struct ChainKey(Vec<LayerKey>);
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct LayerKey {
+    files: [Identity; 2],
+    format: Format,
+    virtual_size: u64,
+}
 
 impl ChainKey {
     /// The key of a chain.
     pub fn of(chain: &Chain) -> Self {
-        let key =
-            |layer: &Arc<dyn Layer>| (layer.file().identity(), layer.data_file().identity(), layer.format());
+        let key = |layer: &Arc<dyn Layer>| LayerKey {
+            files: [layer.file().identity(), layer.data_file().identity()],
+            format: layer.format(),
+            virtual_size: layer.virtual_size(),
+        };
         Self(chain.layers().iter().map(key).collect())
     }
 
     /// The files of the chain, top first.
     pub fn files(&self) -> impl Iterator<Item = Identity> {
-        self.0.iter().flat_map(|(file, data_file, _)| [*file, *data_file])
+        self.0.iter().flat_map(|layer| layer.files)
     }
 }
 
