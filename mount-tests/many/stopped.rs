@@ -1,10 +1,14 @@
-//! Ctrl-C while many overlays are at work: each has moved or stands where it stood, and the same
-//! command moves the rest.
+//! Ctrl-C or worse while many overlays are at work: each has moved or stands where it stood, and the
+//! same command moves the rest.
+
+use std::os::unix::process::ExitStatusExt;
+use std::process::Stdio;
 
 use super::{all_stand_on, bytes_of, seen, siblings};
 use crate::interrupted::{ended, send, slow_line};
 use crate::mounted::wait_until;
 use crate::rebase::backing_of;
+use crate::traced::At;
 
 #[test]
 fn what_was_under_way_stops_cleanly_and_the_same_command_moves_the_rest() {
@@ -52,4 +56,28 @@ fn nothing_has_moved_while_the_difference_is_being_found() {
     assert_eq!((code, out.as_str()), (Some(143), ""), "{said}");
     assert!(said.contains("3 of 3 images failed"), "{said}");
     assert!(before == bytes_of(&s, &names), "something was written");
+}
+
+#[test]
+fn killed_in_the_middle_every_overlay_is_whole() {
+    let s = siblings(&"11 ".repeat(16), &"22 ".repeat(16), 12);
+    let names: Vec<String> = (0..12).map(|number| format!("o{number}")).collect();
+    let before = seen(&s, &names);
+    let line = format!("rebase --jobs 2 -b new -F raw {}", names.join(" "));
+    // Each of the two threads has some 24 of these to do.
+    let at = At { system_call: "fdatasync", number: 10, signal: "KILL" };
+    let status = at.command(&s.path(""), &line).stdout(Stdio::null()).status().unwrap();
+    assert_eq!(status.signal(), Some(9), "{status}");
+    let has_moved = |name: &&String| backing_of(&s, name).0.as_deref() == Some("new");
+    let moved = names.iter().filter(has_moved).count();
+    assert!((1..12).contains(&moved), "{moved} have moved");
+    assert!(before == seen(&s, &names), "guest bytes changed");
+    s.rebasefs(&line);
+    assert_eq!(names.iter().filter(has_moved).count(), 12);
+    assert!(before == seen(&s, &names), "guest bytes changed");
+    // Clusters may have leaked, nothing else.
+    for name in &names {
+        let ended = s.run("qemu-img", &format!("check {name}"));
+        assert!(matches!(ended.code, Some(0 | 3)), "{}", ended.stdout);
+    }
 }
