@@ -31,6 +31,10 @@ fn an_overlay_that_stands_on_another_one_of_the_list() {
     is_refused(&[make], "rebase -b new o0 upper o1", &["upper stands on o1"]);
     let middle = "qemu-img create -f qcow2 -b upper -F qcow2 uppermost";
     is_refused(&[make, middle], "rebase -u -b new -F raw o1 uppermost", &["uppermost stands on o1"]);
+    // On its external data file.
+    let with_data = "qemu-img create -f qcow2 -o data_file=data -b old -F raw x";
+    let on_data = "qemu-img create -f qcow2 -b data -F raw y";
+    is_refused(&[with_data, on_data], "rebase -U -b new x o0 y", &["y stands on x"]);
     // In the new chain, as its top and further down.
     is_refused(&[], "rebase -b o2 -F qcow2 o0 o1 o2", &["o0 would stand on o2"]);
     is_refused(&[make], "rebase -b upper -F qcow2 o0 o1 o2", &["o0 would stand on o1"]);

@@ -20,6 +20,15 @@ pub struct Looked {
     pub(super) failed: Vec<(usize, Error)>,
 }
 
+/// An overlay that is being looked at.
+struct Opened {
+    /// Its external data file.
+    data_file: Option<Identity>,
+    /// The chains that it moves from and to. Where only the reference is going to change, one that
+    /// cannot be opened has no layers.
+    chains: [Chain; 2],
+}
+
 impl Many {
     /// Looks at all overlays. Writes nothing.
     ///
@@ -28,8 +37,9 @@ impl Many {
     /// not fit their backing files, or somebody wants to stop. What is wrong with one overlay alone is
     /// said when it is its turn.
     pub fn look(&self, opener: &Opener, progress: &Progress) -> Result<Looked> {
-        let places = self.refuse_twice()?;
-        let looked = self.look_at_each(opener, progress)?;
+        let mut places = self.refuse_twice()?;
+        let (looked, data_files) = self.look_at_each(opener, progress)?;
+        places.extend(data_files);
         self.refuse_standing_on_each_other(&looked, &places)?;
         self.refuse_unknown_differences(&looked, opener)?;
         Ok(looked)
@@ -58,16 +68,20 @@ impl Many {
         Ok(places)
     }
 
-    fn look_at_each(&self, opener: &Opener, progress: &Progress) -> Result<Looked> {
+    /// Also the places of the overlays by their external data files, which are written to as well.
+    fn look_at_each(&self, opener: &Opener, progress: &Progress) -> Result<(Looked, Vec<(Identity, usize)>)> {
         let found: Mutex<Vec<(usize, Result<Move>)>> = Mutex::default();
+        let data_files: Mutex<Vec<(Identity, usize)>> = Mutex::default();
         // Siblings follow each other: what they share is not opened for each of them again.
         let last: Mutex<[Chain; 2]> = Mutex::default();
         self.in_parallel(self.overlays.len(), |place| {
             let opened = progress.stop_if_cancelled().and_then(|()| self.open(place, opener));
-            let keys = opened.map(|chains| {
+            let keys = opened.map(|Opened { data_file, chains }| {
                 let [old, new] = &chains;
                 let keys = (ChainKey::of(old), ChainKey::of(new));
                 *last.lock().unwrap_or_else(PoisonError::into_inner) = chains;
+                let mut data_files = data_files.lock().unwrap_or_else(PoisonError::into_inner);
+                data_files.extend(data_file.map(|file| (file, place)));
                 keys
             });
             found.lock().unwrap_or_else(PoisonError::into_inner).push((place, keys));
@@ -75,19 +89,20 @@ impl Many {
         progress.stop_if_cancelled()?;
         let mut found = found.into_inner().unwrap_or_else(PoisonError::into_inner);
         found.sort_by_key(|(place, _)| *place);
-        Ok(Looked::new(found))
+        Ok((Looked::new(found), data_files.into_inner().unwrap_or_else(PoisonError::into_inner)))
     }
 
-    /// The chains that an overlay moves from and to. Where only the reference is going to change, one
-    /// that cannot be opened has no layers.
-    fn open(&self, place: usize, opener: &Opener) -> Result<[Chain; 2]> {
+    fn open(&self, place: usize, opener: &Opener) -> Result<Opened> {
         let path = &self.overlays[place];
-        let old = opener.chain(path, self.format, Access::ReadOnly).map(|chain| chain.below(0));
+        let whole = opener.chain(path, self.format, Access::ReadOnly);
         let new = opener.backing_chain(path, self.request.backing.as_ref());
-        match self.request.mode {
-            Mode::Safe => Ok([old?, new?]),
-            Mode::Unsafe => Ok([old.unwrap_or_default(), new.unwrap_or_default()]),
-        }
+        let (whole, new) = match self.request.mode {
+            Mode::Safe => (whole?, new?),
+            Mode::Unsafe => (whole.unwrap_or_default(), new.unwrap_or_default()),
+        };
+        let own = whole.top().map(|top| (top.file().identity(), top.data_file().identity()));
+        let data_file = own.filter(|(file, data_file)| file != data_file).map(|(_, data_file)| data_file);
+        Ok(Opened { data_file, chains: [whole.below(0), new] })
     }
 
     /// An overlay below another one of the list would change while that is being rebased.
@@ -113,7 +128,7 @@ impl Many {
         let loaded = self.request.differences.as_ref().filter(|differences| differences.is_loaded());
         let Some(differences) = loaded.filter(|_| self.request.mode == Mode::Safe) else { return Ok(()) };
         for (place, _) in looked.first_of_each_move() {
-            let [old, new] = self.open(place, opener)?;
+            let [old, new] = self.open(place, opener)?.chains;
             let doing = || format!("looking at {}; nothing was written", self.overlays[place].display());
             differences.between(&old, &new).doing(doing)?;
         }
