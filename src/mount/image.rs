@@ -4,7 +4,7 @@
 //! I/O. Knows nothing of inodes and of rebasing.
 
 use std::sync::atomic::{AtomicBool, Ordering, fence};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock, Weak};
 use std::thread;
 use std::time::Duration;
 
@@ -23,6 +23,8 @@ const GRACE: Duration = Duration::from_millis(300);
 #[derive(Debug)]
 pub(super) struct Image {
     current: RwLock<Arc<Snapshot>>,
+    /// What was current before, as long as somebody reads from it.
+    past: Mutex<Vec<Weak<Snapshot>>>,
 }
 
 /// How many bytes of the disk are data.
@@ -60,7 +62,7 @@ pub(super) enum Seek {
 
 impl Image {
     pub(super) fn new(chain: Chain) -> Self {
-        Self { current: RwLock::new(Arc::new(Snapshot::new(chain))) }
+        Self { current: RwLock::new(Arc::new(Snapshot::new(chain))), past: Mutex::default() }
     }
 
     /// The chain of the moment.
@@ -70,17 +72,26 @@ impl Image {
 
     /// Lets all who read from now on read from `chain`.
     pub(super) fn replace(&self, chain: Chain) {
-        // Closes the files of the old chain, if nobody reads it any more; not under the lock.
-        drop(self.exchange(chain));
+        let next = Arc::new(Snapshot::new(chain));
+        let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
+        let previous = std::mem::replace(&mut *current, next);
+        drop(current);
+        previous.is_replaced.store(true, Ordering::Relaxed);
+        let mut past = self.past.lock().unwrap_or_else(PoisonError::into_inner);
+        past.retain(|snapshot| snapshot.strong_count() > 0);
+        past.push(Arc::downgrade(&previous));
+        drop(past);
+        // Closes the files of the old chain, if nobody reads it any more; not under a lock.
+        drop(previous);
     }
 
-    /// The same, and returns when nobody reads from the chain before it any more (invariant I4): an
+    /// The same, and returns when nobody reads from any chain before it any more (invariant I4): an
     /// error, if that takes longer than whoever wants to `stop` can wait.
     pub(super) fn supersede(&self, chain: Chain, stop: impl Fn() -> bool) -> Result<()> {
-        let previous = self.exchange(chain);
+        self.replace(chain);
         let mut left = GRACE.as_millis();
-        // Nobody finds it any more: their number can only fall.
-        while Arc::strong_count(&previous) > 1 {
+        // Nobody finds them any more: their number can only fall.
+        while self.has_readers_of_the_past() {
             left -= u128::from(stop());
             if left == 0 {
                 let what = "somebody still reads by the tables before: the space is not freed, but leaked";
@@ -94,13 +105,9 @@ impl Image {
         Ok(())
     }
 
-    fn exchange(&self, chain: Chain) -> Arc<Snapshot> {
-        let next = Arc::new(Snapshot::new(chain));
-        let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
-        let previous = std::mem::replace(&mut *current, next);
-        drop(current);
-        previous.is_replaced.store(true, Ordering::Relaxed);
-        previous
+    fn has_readers_of_the_past(&self) -> bool {
+        let past = self.past.lock().unwrap_or_else(PoisonError::into_inner);
+        past.iter().any(|snapshot| snapshot.strong_count() > 0)
     }
 
     /// What the backing files of the moment were when the chain was taken.
@@ -290,7 +297,9 @@ mod tests {
         let error = image.supersede(Chain::default(), || true).unwrap_err();
         assert!(error.to_string().contains("still reads"), "{error}");
         drop(reader);
+        // One who reads from what was replaced already is waited for, too.
         let reader = image.snapshot();
+        image.replace(Chain::default());
         let has_gone = AtomicBool::new(false);
         thread::scope(|scope| {
             scope.spawn(|| {
