@@ -86,6 +86,8 @@ fn a_name_may_come_in_pieces_and_with_spaces_and_accents() {
     let mut file = File::options().write(true).open(mounted.path("ctl/backing")).unwrap();
     file.write_all(" é".as_bytes()).unwrap();
     file.write_all(b" n.raw").unwrap();
+    // A process that we start has a copy of the open file until it executes its program.
+    scratch.ok("true", "");
     assert_eq!(mounted.says("backing"), "base.raw\n");
     file.write_all(b"\n").unwrap();
     assert_eq!(mounted.says("backing"), " é n.raw\n");

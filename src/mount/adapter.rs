@@ -164,7 +164,7 @@ impl Filesystem for Adapter {
         data: &[u8],
         _: WriteFlags,
         _: OpenFlags,
-        _: Option<LockOwner>,
+        owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
         let length = data.len() as u32;
@@ -172,15 +172,17 @@ impl Filesystem for Adapter {
             Ok(()) => reply.written(length),
             Err(code) => reply.error(Errno::from_i32(code)),
         };
-        self.0.write(handle.0, data, Writer(request.pid()), Box::new(answer));
+        let writer = Writer { thread: request.pid(), files: owner.map(|owner| owner.0) };
+        self.0.write(handle.0, data, writer, Box::new(answer));
     }
 
-    fn flush(&self, request: &Request, _: INodeNo, handle: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+    fn flush(&self, request: &Request, _: INodeNo, handle: FileHandle, owner: LockOwner, reply: ReplyEmpty) {
         let answer = move |result: Result<(), i32>| match result {
             Ok(()) => reply.ok(),
             Err(code) => reply.error(Errno::from_i32(code)),
         };
-        self.0.flush(handle.0, Writer(request.pid()), Box::new(answer));
+        let writer = Writer { thread: request.pid(), files: Some(owner.0) };
+        self.0.flush(handle.0, writer, Box::new(answer));
     }
 
     fn release(

@@ -269,6 +269,8 @@ mod tests {
     use crate::chain::Opener;
     use crate::file::Access;
 
+    const NOBODY: Writer = Writer { thread: 0, files: None };
+
     /// The view of a raw disk of 1 MiB, which no engine can rebase.
     fn view(dir: &Path) -> View {
         let path = dir.join("disk");
@@ -291,9 +293,9 @@ mod tests {
         assert_eq!(pages, Pages::None);
         let (sender, answers) = channel();
         let closed = sender.clone();
-        view.write(handle, bytes, Writer(0), Box::new(move |answer| sender.send(answer).unwrap()));
+        view.write(handle, bytes, NOBODY, Box::new(move |answer| sender.send(answer).unwrap()));
         let written = answers.recv().unwrap();
-        view.flush(handle, Writer(0), Box::new(move |answer| closed.send(answer).unwrap()));
+        view.flush(handle, NOBODY, Box::new(move |answer| closed.send(answer).unwrap()));
         view.release(handle);
         [written, answers.recv().unwrap()]
     }

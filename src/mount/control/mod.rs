@@ -88,12 +88,14 @@ struct Outcome {
 pub(super) struct Opened {
     file: ControlFile,
     line: Line,
+    /// Who wrote what the line has so far.
+    writer: Option<Writer>,
     text: Option<Vec<u8>>,
 }
 
 impl Opened {
     pub(super) fn new(file: ControlFile) -> Self {
-        Self { file, line: Line::default(), text: None }
+        Self { file, line: Line::default(), writer: None, text: None }
     }
 
     /// What a line that was written to it asks for.
@@ -201,7 +203,10 @@ impl Control {
                 answer(Ok(()));
             }
             ControlFile::Backing | ControlFile::Rebase => match opened.line.push(bytes) {
-                Ok(None) => answer(Ok(())),
+                Ok(None) => {
+                    opened.writer = Some(writer);
+                    answer(Ok(()));
+                }
                 Ok(Some(line)) => self.submit(opened.command(line), writer, answer),
                 Err(e) => self.submit(Err(e), writer, answer),
             },
@@ -211,8 +216,13 @@ impl Control {
         }
     }
 
-    /// Takes the closing of a control file, which completes a command written without a newline.
+    /// Takes the closing of a control file, which completes a command written without a newline if
+    /// it is its writer who closes it. Whoever starts a program has a copy of his open files closed.
     pub(super) fn flush(self: &Arc<Self>, opened: &mut Opened, writer: Writer, answer: Answer) {
+        let files = opened.writer.and_then(|writer| writer.files);
+        if files.is_some() && files != writer.files {
+            return answer(Ok(()));
+        }
         match opened.line.finish() {
             None => answer(Ok(())),
             Some(line) => self.submit(opened.command(line), writer, answer),

@@ -6,9 +6,14 @@
 
 use crate::sys::signal;
 
-/// A thread that waits for an answer, by its number in `/proc`; 0 for one that we cannot see.
+/// Who waits for an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::mount) struct Writer(pub(in crate::mount) u32);
+pub(in crate::mount) struct Writer {
+    /// The thread, by its number in `/proc`; 0 for one that we cannot see.
+    pub(in crate::mount) thread: u32,
+    /// Its table of open files, by a number of the kernel's, if it has told.
+    pub(in crate::mount) files: Option<u64>,
+}
 
 /// The signals by which a user stops a program.
 const STOP: [i32; 5] = [signal::SIGHUP, signal::SIGINT, signal::SIGQUIT, signal::SIGKILL, signal::SIGTERM];
@@ -16,11 +21,12 @@ const STOP: [i32; 5] = [signal::SIGHUP, signal::SIGINT, signal::SIGQUIT, signal:
 impl Writer {
     /// Whether a signal waits for it that would end its wait if the kernel let it.
     pub(super) fn wants_to_stop(self) -> bool {
-        if self.0 == 0 {
+        if self.thread == 0 {
             return false;
         }
         // A writer that is gone cannot be told anything; its request ends by itself.
-        std::fs::read_to_string(format!("/proc/{}/status", self.0)).is_ok_and(|status| is_stopped(&status))
+        std::fs::read_to_string(format!("/proc/{}/status", self.thread))
+            .is_ok_and(|status| is_stopped(&status))
     }
 }
 
@@ -62,6 +68,6 @@ mod tests {
         assert!(!is_stopped(&status(0, 0x4000, 0x4000, 0)));
         assert!(!is_stopped(&status(0, 0x0801_0000, 0, 0)));
         assert!(!is_stopped(""));
-        assert!(!Writer(0).wants_to_stop());
+        assert!(!Writer { thread: 0, files: None }.wants_to_stop());
     }
 }
