@@ -141,10 +141,14 @@ pub fn is_mounted(mountpoint: &Path) -> bool {
     table.lines().any(|line| line.split(' ').nth(4) == mountpoint.to_str())
 }
 
-/// Whether a process runs; one that has ended but was not waited for does not.
+/// Whether a process runs; one that has ended but was not waited for does not. Its first thread may
+/// have ended when others still have its files open.
 pub fn is_running(process: u32) -> bool {
-    let status = std::fs::read_to_string(format!("/proc/{process}/stat"));
-    status.is_ok_and(|status| !status.contains(") Z "))
+    let Ok(threads) = std::fs::read_dir(format!("/proc/{process}/task")) else { return false };
+    threads.filter_map(Result::ok).any(|thread| {
+        let status = std::fs::read_to_string(thread.path().join("stat"));
+        status.is_ok_and(|status| !status.contains(") Z ") && !status.contains(") X "))
+    })
 }
 
 /// The rebasefs process that was started with this absolute mount point.
