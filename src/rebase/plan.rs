@@ -69,8 +69,8 @@ impl<'a> Plan<'a> {
     ) -> Self {
         Self {
             overlay,
-            old: Sources::new(old),
-            new: Sources::new(new),
+            old: Sources::new(old, overlay.end()),
+            new: Sources::new(new, overlay.end()),
             difference: None,
             progress,
             whole: overlay.whole(),
@@ -236,15 +236,17 @@ fn boundary_behind(start: GuestOffset, piece: u64) -> u64 {
 #[derive(Clone)]
 struct Sources<'a> {
     chain: &'a Chain,
+    /// The end of the overlay.
+    end: GuestOffset,
     owner: Answer<Source>,
     holes: Answer<Source>,
     shared: Answer<Option<Place>>,
 }
 
 impl<'a> Sources<'a> {
-    fn new(chain: &'a Chain) -> Self {
+    fn new(chain: &'a Chain, end: u64) -> Self {
         let (owner, shared) = (Answer::none(Source::Zero), Answer::none(None));
-        Self { chain, owner, holes: owner, shared }
+        Self { chain, end: GuestOffset(end), owner, holes: owner, shared }
     }
 
     fn source(&mut self, at: GuestOffset, length: u64, detail: Detail) -> Result<(Source, u64)> {
@@ -252,13 +254,14 @@ impl<'a> Sources<'a> {
             Detail::Owner => &mut self.owner,
             Detail::Holes => &mut self.holes,
         };
-        let (source, skip, length) = answer.at(at, length, || self.chain.source_at(at, length, detail))?;
+        let ask = |reach| self.chain.source_at(at, reach, detail);
+        let (source, skip, length) = answer.at(at, length, self.end, ask)?;
         Ok((source.advanced(skip), length))
     }
 
     fn shared_place(&mut self, at: GuestOffset, length: u64) -> Result<(Option<Place>, u64)> {
-        let ask = || self.chain.shared_place_at(at, length);
-        let (place, skip, length) = self.shared.at(at, length, ask)?;
+        let ask = |reach| self.chain.shared_place_at(at, reach);
+        let (place, skip, length) = self.shared.at(at, length, self.end, ask)?;
         Ok((place.map(|place| place.advanced(skip)), length))
     }
 }
@@ -278,15 +281,16 @@ impl<T: Copy> Answer<T> {
     }
 
     /// The answer that holds at `at`, how far behind its beginning that is, and for how many of
-    /// `length` bytes it holds.
+    /// `length` bytes it holds. Asks for all up to `end`: what it will be about next, too.
     fn at(
         &mut self,
         at: GuestOffset,
         length: u64,
-        ask: impl FnOnce() -> Result<(T, u64)>,
+        end: GuestOffset,
+        ask: impl FnOnce(u64) -> Result<(T, u64)>,
     ) -> Result<(T, u64, u64)> {
         if at < self.start || at >= self.end {
-            let (answer, length) = ask()?;
+            let (answer, length) = ask(end - at)?;
             *self = Self { answer, start: at, end: at + length };
         }
         Ok((self.answer, at - self.start, length.min(self.end - at)))
