@@ -153,6 +153,33 @@ pub fn physical_extent(file: &File, offset: u64, length: u64) -> io::Result<Opti
     Ok((map.mapped > 0).then_some(map.extent))
 }
 
+/// `struct file_clone_range`.
+#[repr(C)]
+struct CloneRange {
+    source: i64,
+    source_offset: u64,
+    length: u64,
+    offset: u64,
+}
+
+/// `FICLONERANGE`: `_IOW(0x94, 13, struct file_clone_range)`.
+const CLONE_REQUEST: libc::c_ulong = 0x4020_940d;
+
+/// Lets `[offset, offset + length)` of `file` share the extents of another file of the same file
+/// system. All three must be multiples of its block size.
+pub fn share_extent(
+    file: &File,
+    offset: u64,
+    source: BorrowedFd<'_>,
+    source_offset: u64,
+    length: u64,
+) -> io::Result<()> {
+    let range = CloneRange { source: source.as_raw_fd().into(), source_offset, length, offset };
+    // SAFETY: both descriptors are open, and `range` has the layout of the request, which only
+    // reads it.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), CLONE_REQUEST, &raw const range) }).map(drop)
+}
+
 /// `struct fsxattr`.
 #[repr(C)]
 #[derive(Default)]

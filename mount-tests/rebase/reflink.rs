@@ -86,3 +86,55 @@ fn extents_that_have_moved_are_told_apart() {
         assert!(compared(scratch) < 20 * MIB);
     }
 }
+
+/// Bytes in use on the file system that a scratch directory lies in.
+fn used(scratch: &Scratch) -> u64 {
+    scratch.ok("sync", "-f .");
+    let said = scratch.ok("df", "--block-size=1 --output=used .");
+    said.lines().last().unwrap().trim().parse().unwrap()
+}
+
+#[test]
+fn what_is_copied_shares_its_space_with_the_old_backing_file() {
+    for make in ["mkfs.btrfs", "mkfs.xfs"] {
+        let shared = shared(make, "rw");
+        let scratch = &shared.here;
+        let before = used(scratch);
+        rebase_keeps_everything(scratch, "--verify --backing=", &["old"]);
+        // Tables, and what the test itself has written for the oracles and removed again.
+        let grown = used(scratch).saturating_sub(before);
+        assert!(grown < 8 * MIB, "{make}: 31 MiB were copied and took {grown} bytes");
+        // It is a part in the same blocks, not the same file.
+        let old = std::fs::read(scratch.path("old")).unwrap();
+        scratch.qemu_io("qcow2", "cow.qcow2", &["write -q -P 0x99 0 32M"]);
+        assert!(old == std::fs::read(scratch.path("old")).unwrap());
+    }
+}
+
+#[test]
+fn clusters_of_any_shape_share_what_they_can() {
+    let shared = shared("mkfs.xfs", "rw");
+    let scratch = &shared.here;
+    for options in [
+        "cluster_size=512",
+        "cluster_size=4k",
+        "cluster_size=2M",
+        "extended_l2=on,cluster_size=128k",
+        "compat=0.10",
+        "data_file=data",
+    ] {
+        let has_data_file = options.contains("data_file");
+        for name in ["cow.qcow2", "data"] {
+            let _ = std::fs::remove_file(scratch.path(name));
+        }
+        scratch.qemu_img(&format!("create -q -f qcow2 -o {options} -b old -F raw cow.qcow2"));
+        let writes = ["write -q -P 0x77 5000k 999k", "write -q -P 0x78 512 512", "write -q -P 0x79 31M 100k"];
+        scratch.qemu_io("qcow2", "cow.qcow2", &writes);
+        if !has_data_file {
+            scratch.qemu_img("snapshot -c one cow.qcow2");
+            scratch.qemu_io("qcow2", "cow.qcow2", &["write -q -P 0x7a 5M 3M"]);
+        }
+        rebase_keeps_everything(scratch, "--verify -b new -F raw", &["old", "new"]);
+        rebase_keeps_everything(scratch, "--verify --backing=", &["old", "new"]);
+    }
+}

@@ -2,6 +2,7 @@
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -86,6 +87,10 @@ impl LocalFile {
             direct: Direct::default(),
             tells_shared_extents: OnceLock::new(),
         })
+    }
+
+    fn tells_shared_extents(&self) -> bool {
+        *self.tells_shared_extents.get_or_init(|| sys::tells_shared_extents(&self.file).unwrap_or(false))
     }
 
     fn failed(&self, error: io::Error, what: &str, at: u64) -> Error {
@@ -272,9 +277,22 @@ impl HostFile for LocalFile {
         }
     }
 
+    fn share(&self, at: HostOffset, from: &dyn HostFile, from_at: HostOffset, length: u64) -> bool {
+        let Some(source) = from.descriptor().filter(|_| self.tells_shared_extents()) else { return false };
+        // Whatever the reason why not: who writes instead meets it, or does not.
+        let shared = sys::share_extent(&self.file, at.0, source, from_at.0, length).is_ok();
+        if shared {
+            self.size.fetch_max(at.0 + length, Ordering::AcqRel);
+        }
+        shared
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.file.as_fd())
+    }
+
     fn shared_place_at(&self, at: HostOffset, length: u64) -> Result<(Option<Place>, u64)> {
-        let tells = || sys::tells_shared_extents(&self.file).unwrap_or(false);
-        if !*self.tells_shared_extents.get_or_init(tells) {
+        if !self.tells_shared_extents() {
             return Ok((None, length));
         }
         // It need not be known: what is not known to be equal is read.

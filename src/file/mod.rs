@@ -11,6 +11,7 @@ mod lock;
 mod stamp;
 
 use std::fmt;
+use std::os::fd::BorrowedFd;
 use std::path::Path;
 
 pub use buffer::AlignedBuffer;
@@ -148,6 +149,19 @@ pub trait HostFile: fmt::Debug + Send + Sync {
     fn shared_place_at(&self, at: HostOffset, length: u64) -> Result<(Option<Place>, u64)> {
         let _ = at;
         Ok((None, length))
+    }
+
+    /// Lets this file have a part in an extent of another: `[at, at + length)` is from now on what
+    /// `from` has from `from_at` on, and takes no space until one of them is written to. Whether
+    /// that could be done; if not, nothing was. Durable after [`sync`](Self::sync).
+    fn share(&self, at: HostOffset, from: &dyn HostFile, from_at: HostOffset, length: u64) -> bool {
+        let _ = (at, from, from_at, length);
+        false
+    }
+
+    /// The open file, if it is one of this machine.
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        None
     }
 
     /// Takes the locks of `lock`, in addition to or in place of those held, or gives all back

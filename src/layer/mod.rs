@@ -148,6 +148,9 @@ pub trait Layer: fmt::Debug + Send + Sync {
 pub enum Content<'a> {
     /// These bytes.
     Data(&'a [u8]),
+    /// These bytes, which lie in this file from there on: the file system may let the overlay have
+    /// a part in them.
+    Stored(&'a [u8], &'a dyn HostFile, HostOffset),
     /// So many zeros.
     Zero(u64),
 }
@@ -156,7 +159,7 @@ impl Content<'_> {
     /// How many bytes.
     pub fn length(&self) -> u64 {
         match self {
-            Self::Data(bytes) => bytes.len() as u64,
+            Self::Data(bytes) | Self::Stored(bytes, ..) => bytes.len() as u64,
             Self::Zero(length) => *length,
         }
     }

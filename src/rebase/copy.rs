@@ -10,10 +10,10 @@ use std::sync::{Mutex, PoisonError};
 use super::compare::differences;
 use super::plan::{Pieces, Plan, Range, Survey};
 use super::{Difference, Phase, Progress, Report};
-use crate::chain::{Chain, Payloads};
+use crate::chain::{Chain, Owned, Payloads};
 use crate::error::{Context, Error, Result};
 use crate::file::AlignedBuffer;
-use crate::layer::{Content, GuestOffset, Overlay};
+use crate::layer::{Content, Detail, ExtentKind, GuestOffset, Overlay};
 
 /// Bytes that a worker compares at once, or what is filled as a whole if that is more.
 const PIECE: u64 = 256 << 10;
@@ -169,12 +169,24 @@ impl Job<'_> {
                 let at = range.start + bytes.start as u64;
                 let content = match difference.is_zero {
                     true => Content::Zero(bytes.len() as u64),
-                    false => Content::Data(&old[bytes]),
+                    false => self.data(at, &old[bytes])?,
                 };
                 self.fill(at, content)?;
             }
         }
         Ok(())
+    }
+
+    /// Bytes of the old chain, and where they lie if that is one place.
+    fn data<'b>(&'b self, at: GuestOffset, bytes: &'b [u8]) -> Result<Content<'b>> {
+        let length = bytes.len() as u64;
+        let Owned { depth, extent } = self.old.extent_at(at, length, Detail::Owner)?;
+        Ok(match (depth, extent.kind) {
+            (Some(depth), ExtentKind::Data(host)) if extent.length == length => {
+                Content::Stored(bytes, &**self.old.layers()[depth].data_file(), host)
+            }
+            _ => Content::Data(bytes),
+        })
     }
 
     /// What of a range is to be compared, and in which units. What the overlay fills as a whole is

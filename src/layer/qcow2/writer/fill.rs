@@ -4,10 +4,12 @@
 //! the content, stage the entries. Metadata changes in memory only; when it is written, and in
 //! which order, is the writer's business.
 
+use std::ops::Range;
+
 use super::compress::Deflated;
 use super::{REPAIR, State, Writer};
 use crate::error::{Context, Error, Result};
-use crate::file::HostOffset;
+use crate::file::{HostFile, HostOffset};
 use crate::layer::qcow2::entry::{COPIED, Cluster, L2Entry, SUBCLUSTERS, ZERO};
 use crate::layer::{Filled, GuestOffset};
 
@@ -48,10 +50,15 @@ pub(super) enum Origin {
     External,
 }
 
+/// Sharing an extent costs about as much as copying so many bytes.
+const WORTH_SHARING: usize = 64 << 10;
+
 /// Guest bytes to be filled in.
 pub(super) struct Filling<'a> {
     start: GuestOffset,
     bytes: &'a [u8],
+    /// Where else they lie, from `start` on.
+    stored: Option<(&'a dyn HostFile, HostOffset)>,
     /// Of the clusters that are to be compressed.
     pub payloads: Deflated,
 }
@@ -230,7 +237,7 @@ impl Writer {
 
     /// Writes the content of a fill to its placements: neighbours in one go.
     fn write_data(&self, content: &Filling<'_>, placements: &[Placement]) -> Result<()> {
-        let Filling { start, bytes, .. } = *content;
+        let start = content.start;
         let size = self.header().cluster_size() / u64::from(SUBCLUSTERS);
         let mut pending: Option<(HostOffset, usize, usize)> = None;
         for placement in placements.iter().filter(|placement| !placement.is_compressed()) {
@@ -242,7 +249,7 @@ impl Writer {
                 pending = match pending {
                     Some((at, a, b)) if at + (b - a) as u64 == host && b == from => Some((at, a, b + length)),
                     Some((at, a, b)) => {
-                        self.data_file.write_at(at, &bytes[a..b])?;
+                        self.write_part(content, at, a..b)?;
                         Some((host, from, from + length))
                     }
                     None => Some((host, from, from + length)),
@@ -250,9 +257,19 @@ impl Writer {
             }
         }
         match pending {
-            Some((at, a, b)) => self.data_file.write_at(at, &bytes[a..b]),
+            Some((at, a, b)) => self.write_part(content, at, a..b),
             None => Ok(()),
         }
+    }
+
+    fn write_part(&self, content: &Filling<'_>, at: HostOffset, part: Range<usize>) -> Result<()> {
+        if let Some((file, from)) = content.stored
+            && part.len() >= WORTH_SHARING
+            && self.data_file.share(at, file, from + part.start as u64, part.len() as u64)
+        {
+            return Ok(());
+        }
+        self.data_file.write_at(at, &content.bytes[part])
     }
 
     pub(super) fn fill_zero(&self, at: GuestOffset, length: u64) -> Result<Filled> {
@@ -265,8 +282,14 @@ impl Writer {
         Ok(Filled { copied: 0, zeroed })
     }
 
-    pub(super) fn fill_data(&self, at: GuestOffset, bytes: &[u8]) -> Result<Filled> {
-        let content = Filling { start: at, bytes, payloads: self.deflate(at, bytes) };
+    /// `stored` is where else the bytes lie, if they do.
+    pub(super) fn fill_data(
+        &self,
+        at: GuestOffset,
+        bytes: &[u8],
+        stored: Option<(&dyn HostFile, HostOffset)>,
+    ) -> Result<Filled> {
+        let content = Filling { start: at, bytes, stored, payloads: self.deflate(at, bytes) };
         let mut placements = Vec::new();
         let placed = {
             let state = &mut *self.state();
@@ -321,7 +344,7 @@ impl Writer {
     fn fill_part(&self, cluster: GuestOffset, start: GuestOffset, bytes: &[u8]) -> Result<Filled> {
         let from = cluster.max(start);
         let end = (cluster + self.header().cluster_size()).min(start + bytes.len() as u64);
-        self.fill_data(from, &bytes[(from - start) as usize..(end - start) as usize])
+        self.fill_data(from, &bytes[(from - start) as usize..(end - start) as usize], None)
     }
 
     /// The clusters that `[at, at + length)` touches, with the subclusters that lie in it.

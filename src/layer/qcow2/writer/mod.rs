@@ -210,9 +210,10 @@ impl Overlay for Writer {
 
     fn fill(&self, at: GuestOffset, content: Content<'_>) -> Result<Filled> {
         let filled = match content {
-            Content::Data(bytes) => self.fill_data(at, bytes),
+            Content::Data(bytes) => self.fill_data(at, bytes, None),
+            Content::Stored(bytes, file, from) => self.fill_data(at, bytes, Some((file, from))),
             Content::Zero(length) if !self.has_zero_clusters() => {
-                self.fill_data(at, &vec![0; length as usize])
+                self.fill_data(at, &vec![0; length as usize], None)
             }
             Content::Zero(length) => self.fill_zero(at, length),
         };
