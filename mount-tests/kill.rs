@@ -346,3 +346,26 @@ fn a_full_disk_under_the_mount_is_told_to_the_writer() {
     mounted.rebase("../new.raw").unwrap();
     assert!(mounted.bytes() == truth);
 }
+
+/// What has been copied is made durable now and then, not only at the end.
+#[test]
+fn killed_late_a_large_rebase_keeps_most_of_what_it_has_copied() {
+    let s = Scratch::new();
+    let (cluster, total) = (2 << 20, 704 << 20);
+    s.draw_raw("base.raw", cluster, &"11 ".repeat(total as usize / cluster));
+    s.qemu_img(&format!("create -q -f raw new.raw {total}"));
+    s.qemu_img("create -q -f qcow2 -b base.raw -F raw cow.qcow2");
+    let killing = injecting("fdatasync", "signal=SIGKILL:when=4");
+    let mut rebase = Command::new("strace");
+    rebase.args(killing).arg("-D").arg(rebasefs()).args(REBASE.split(' ')).current_dir(s.path(""));
+    assert_eq!(rebase.output().unwrap().status.code(), None);
+    assert!(matches!(s.run("qemu-img", "check cow.qcow2").code, Some(0 | 3)));
+    s.same("cow.qcow2", "base.raw");
+    let kept = held(&s);
+    assert!(kept >= 512 << 20, "{kept} bytes are kept");
+    let again: serde_json::Value =
+        serde_json::from_str(&s.rebasefs(&format!("{REBASE} --output json"))).unwrap();
+    assert_eq!(again["copied"], total - kept);
+    s.same("cow.qcow2", "base.raw");
+    assert!(matches!(s.run("qemu-img", "check cow.qcow2").code, Some(0 | 3)));
+}

@@ -90,6 +90,12 @@ pub fn punch_hole(file: &File, offset: u64, length: u64) -> io::Result<()> {
     check(unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, length) }).map(drop)
 }
 
+/// Begins to write back what the page cache holds of a file, and does not wait for it.
+pub fn start_writing_back(file: &File) -> io::Result<()> {
+    // SAFETY: the descriptor is open for as long as `file` is borrowed; no memory is passed.
+    check(unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, libc::SYNC_FILE_RANGE_WRITE) }).map(drop)
+}
+
 /// Drops the clean pages of a file from the page cache.
 pub fn drop_cache(file: &File) -> io::Result<()> {
     // SAFETY: the descriptor is open for as long as `file` is borrowed; no memory is passed.

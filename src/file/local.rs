@@ -257,6 +257,13 @@ impl HostFile for LocalFile {
         self.file.sync_data().map_err(|e| Error::io(e, "cannot sync").path(&self.path))
     }
 
+    fn start_sync(&self) {
+        if self.cache.syncs() {
+            // A wish, no more; the sync itself says what is wrong.
+            let _ = sys::start_writing_back(&self.file);
+        }
+    }
+
     fn drop_cache(&self) -> Result<()> {
         sys::drop_cache(&self.file).map_err(|e| Error::io(e, "cannot drop what is cached").path(&self.path))
     }

@@ -134,6 +134,10 @@ pub trait HostFile: fmt::Debug + Send + Sync {
     /// Returns when all that was written is durable, and what is needed to find it (`fdatasync`).
     fn sync(&self) -> Result<()>;
 
+    /// Lets the kernel begin to write to the disk what it has, so that [`sync`](Self::sync) has less to
+    /// wait for. Makes nothing durable.
+    fn start_sync(&self) {}
+
     /// Lets the kernel forget what it has cached, so that what is read next comes from the disk.
     /// Does nothing where there is no cache.
     fn drop_cache(&self) -> Result<()> {

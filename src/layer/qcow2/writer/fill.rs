@@ -50,6 +50,9 @@ pub(super) enum Origin {
     External,
 }
 
+/// After so many bytes of data the disk is told to begin with them.
+const WRITE_BACK: u64 = 32 << 20;
+
 /// Sharing an extent costs about as much as copying so many bytes.
 const WORTH_SHARING: usize = 64 << 10;
 
@@ -302,14 +305,19 @@ impl Writer {
             .and_then(|()| self.write_data(&content, &placements))
             .and_then(|()| self.write_payloads(&content, &placements));
         let mut filled = Filled::default();
-        let overtaken = {
+        let (overtaken, is_time) = {
             let state = &mut *self.state();
+            let before = state.uncommitted / WRITE_BACK;
             if let Err(error) = written {
                 placements.iter().try_for_each(|placement| state.undo(placement))?;
                 return Err(error);
             }
-            self.stage_all(state, &placements, &mut filled)?
+            let overtaken = self.stage_all(state, &placements, &mut filled)?;
+            (overtaken, state.uncommitted / WRITE_BACK > before)
         };
+        if is_time {
+            self.data_file.start_sync();
+        }
         for cluster in overtaken {
             let again = self.fill_part(cluster, at, bytes)?;
             filled.copied += again.copied;
@@ -336,6 +344,7 @@ impl Writer {
             }
         }
         overtaken.dedup();
+        state.uncommitted += filled.copied;
         self.commit_if_large(state)?;
         Ok(overtaken)
     }

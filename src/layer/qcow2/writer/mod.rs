@@ -28,6 +28,9 @@ use crate::layer::{Content, Detail, ExtentKind, Filled, GuestOffset, Layer, Miss
 /// Metadata that waits in memory is written when it reaches so many bytes.
 const STAGED_BUDGET: usize = 8 << 20;
 
+/// So many bytes of data, at most, are copied again after a power cut.
+const UNCOMMITTED_BUDGET: u64 = 512 << 20;
+
 /// What to do about an image that must not be written.
 const REPAIR: &str = "repair it with `rebasefs check -r all` first";
 
@@ -49,6 +52,8 @@ struct State {
     refcounts: Refcounts,
     staged: Staged,
     forgotten: Forgotten,
+    /// Bytes that were filled in since the last commit, and would be lost with it.
+    uncommitted: u64,
     /// A commit is under way, or has failed: what of it is durable is not known then, and nothing
     /// may be built on it.
     is_committing: bool,
@@ -73,6 +78,7 @@ impl Writer {
             refcounts: Refcounts::read(file.clone(), &preamble.header)?,
             staged: Staged::new(file.clone(), preamble.header.clone(), tables),
             forgotten: Forgotten::default(),
+            uncommitted: 0,
             is_committing: false,
         };
         Ok(Self {
@@ -94,7 +100,8 @@ impl Writer {
     }
 
     fn commit_if_large(&self, state: &mut State) -> Result<()> {
-        match state.staged.bytes() + state.refcounts.dirty_bytes() > STAGED_BUDGET {
+        let is_large = state.staged.bytes() + state.refcounts.dirty_bytes() > STAGED_BUDGET;
+        match is_large || state.uncommitted >= UNCOMMITTED_BUDGET {
             true => self.commit_state(state),
             false => Ok(()),
         }
@@ -106,6 +113,7 @@ impl Writer {
         }
         self.clear_unknown_autoclear_bits()?;
         self.write_in_order(state)?;
+        state.uncommitted = 0;
         state.is_committing = false;
         Ok(())
     }
