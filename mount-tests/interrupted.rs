@@ -10,7 +10,7 @@ use crate::traced::{At, injecting, on_one_processor};
 
 const CLUSTER: usize = 65536;
 const CLUSTERS: usize = 256;
-const REBASE: &str = "rebase -b new.raw -F raw cow.qcow2";
+const REBASE: &str = "rebase --progress=none -b new.raw -F raw cow.qcow2";
 
 /// An image that stands on 16 MiB, all of which `new.raw` has otherwise.
 pub fn large() -> Scratch {

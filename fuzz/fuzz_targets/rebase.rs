@@ -87,6 +87,7 @@ impl Case {
             backing: (asked & ask::FLATTEN == 0).then_some(backing),
             mode: if asked & ask::UNSAFE == 0 { Mode::Safe } else { Mode::Unsafe },
             verify: asked & ask::VERIFY != 0,
+            reclaim: asked & ask::RECLAIM != 0,
             compress: asked & ask::COMPRESS != 0,
             force: false,
             differences: None,

@@ -10,6 +10,7 @@ mod map;
 mod mount;
 mod options;
 mod print;
+mod progress;
 mod rebase;
 mod size;
 mod stop;

@@ -5,12 +5,16 @@ use std::io::{self, ErrorKind, Write};
 use serde::Serialize;
 use serde_json::ser::PrettyFormatter;
 
+use super::progress;
 use crate::error::{Error, Result};
 
 /// Writes text to the standard output. A reader that has gone away (`… | head`) has what it wanted.
 pub(super) fn print(text: &str) -> Result<()> {
-    let mut out = io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+    let write = || {
+        let mut out = io::stdout().lock();
+        out.write_all(text.as_bytes()).and_then(|()| out.flush())
+    };
+    match progress::aside(write) {
         Err(e) if e.kind() != ErrorKind::BrokenPipe => {
             Err(Error::io(e, "cannot write to the standard output"))
         }
@@ -21,7 +25,12 @@ pub(super) fn print(text: &str) -> Result<()> {
 /// Writes a line of diagnosis to the standard error.
 pub(super) fn complain(text: &str) {
     // Where it cannot be written there is nobody to tell.
-    let _ = writeln!(io::stderr().lock(), "{text}");
+    let _ = progress::aside(|| writeln!(io::stderr().lock(), "{text}"));
+}
+
+/// How many columns the terminal on the standard error has; 80 where nobody knows.
+pub(super) fn columns_of_stderr() -> u16 {
+    terminal_size::terminal_size_of(io::stderr()).map_or(80, |(width, _)| width.0)
 }
 
 /// Writes a value as qemu-img writes JSON: indented by four spaces, with a newline at the end.

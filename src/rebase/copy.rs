@@ -9,7 +9,7 @@ use std::sync::{Mutex, PoisonError};
 
 use super::compare::differences;
 use super::plan::{Pieces, Plan, Range, Survey};
-use super::{Difference, Phase, Progress, Report};
+use super::{Difference, Later, Phase, Progress, Report};
 use crate::chain::{Chain, Owned, Payloads};
 use crate::error::{Context, Error, Result};
 use crate::file::AlignedBuffer;
@@ -22,18 +22,18 @@ const MAX_REMEMBERED: usize = 64 << 10;
 /// More workers than this fight for memory bandwidth only, and each has two buffers.
 const MAX_WORKERS: usize = 8;
 
-/// Lets the overlay hold, durably, all in which `old` and `new` differ. If it is `known` where that
-/// may be, the rest is not read.
+/// Lets the overlay hold, durably, all in which the `old` and the `new` chain differ. If it is `known`
+/// where that may be, the rest is not read. What is looked at `later` is announced.
 pub(super) fn copy_differences(
     overlay: &dyn Overlay,
-    old: &Chain,
-    new: &Chain,
+    (old, new): (&Chain, &Chain),
     known: Option<&Difference>,
     progress: &Progress,
+    later: Later,
 ) -> Result<Report> {
     let plan = Plan::new(overlay, old, new, progress, PIECE).knowing(known);
     let Survey { equal, open, pieces } = plan.survey(MAX_REMEMBERED).doing(|| "planning".to_owned())?;
-    progress.add_total(open);
+    progress.add_total(open.saturating_add(later.bytes(open)));
     progress.enter(Phase::Copy);
     let job = Job {
         overlay,

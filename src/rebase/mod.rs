@@ -20,6 +20,7 @@ mod plan;
 mod progress;
 mod reclaim;
 mod rehearse;
+mod standing;
 mod target;
 mod unchanged;
 mod verify;
@@ -32,6 +33,7 @@ pub use options::Options;
 pub use progress::{Phase, Progress};
 pub use reclaim::reclaim;
 pub use rehearse::{Copied, Rehearsal, rehearse};
+pub use standing::Standing;
 
 use target::{Target, refuse_shared_files};
 use unchanged::Bases;
@@ -64,6 +66,8 @@ pub struct Request {
     /// Whether to compare all that the image will read as with what it reads as now, before the
     /// swap.
     pub verify: bool,
+    /// Whether [`reclaim`] is going to follow: its work is part of the progress then.
+    pub reclaim: bool,
     /// Whether what is copied as data is stored as compressed clusters, as far as it shrinks.
     pub compress: bool,
     /// In [`Mode::Unsafe`], whether to record a relative name also if there is no such file.
@@ -129,10 +133,12 @@ pub fn rebase(
             let old = chain.below(0);
             let bases = Bases::new(&old, &target.chain);
             let known = request.difference(&old, &target.chain)?;
-            let report = copy::copy_differences(&writer, &old, &target.chain, known.as_deref(), progress)?;
+            let later = Later::of(request, &image)?;
+            let chains = (&old, &target.chain);
+            let report = copy::copy_differences(&writer, chains, known.as_deref(), progress, later)?;
             if request.verify {
                 progress.enter(Phase::Verify);
-                verify::verify(&image, &old, &target.chain, progress).doing(|| "verifying".to_owned())?;
+                verify::verify(&image, chains, report.compared, progress).doing(|| "verifying".to_owned())?;
             }
             bases.refuse_changed()?;
             report
@@ -141,9 +147,32 @@ pub fn rebase(
     };
     progress.enter(Phase::Swap);
     writer.set_backing(target.backing.as_ref())?;
-    progress.enter(Phase::Done);
+    progress.enter(if request.reclaim { Phase::Reclaim } else { Phase::Done });
     drop(lock);
     Ok((target.chain.under(Arc::new(image.reopen()?)), report))
+}
+
+/// What is going to be looked at after all that needs a look has been compared.
+#[derive(Clone, Copy, Debug, Default)]
+struct Later {
+    /// In so many views, all of it again.
+    views: u64,
+    /// Beside what is copied, so many bytes that the overlay holds; `None` if it is not looked at.
+    held: Option<u64>,
+}
+
+impl Later {
+    fn of(request: &Request, image: &Qcow2) -> Result<Self> {
+        let views = if request.verify { 1 + image.snapshots()?.len() as u64 } else { 0 };
+        let held = request.reclaim.then(|| reclaim::held_bytes(image)).transpose()?;
+        Ok(Self { views, held })
+    }
+
+    /// In bytes, if so many need a look.
+    fn bytes(self, open: u64) -> u64 {
+        let reclaim = self.held.map_or(0, |held| held.saturating_add(open));
+        open.saturating_mul(self.views).saturating_add(reclaim)
+    }
 }
 
 /// Writes the image as the request wants it.

@@ -71,6 +71,7 @@ impl Options {
             backing: (!name.is_empty()).then(reference),
             mode: if self.is_unsafe { Mode::Unsafe } else { Mode::Safe },
             verify: self.verify,
+            reclaim: self.reclaim,
             compress: self.compress,
             force: self.force,
             differences: None,

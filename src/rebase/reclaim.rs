@@ -3,14 +3,15 @@
 
 use std::sync::Arc;
 
+use super::progress::Part;
 use super::target::refuse_shared_files;
 use super::unchanged::Bases;
 use super::{Phase, Progress, WriteLock, overlay_of};
 use crate::chain::{Chain, Opener, Source};
 use crate::error::{Context, Error, Result};
 use crate::file::AlignedBuffer;
-use crate::layer::qcow2::Writer;
-use crate::layer::{Detail, GuestOffset, Layer, Overlay};
+use crate::layer::qcow2::{Qcow2, Writer};
+use crate::layer::{Detail, ExtentKind, GuestOffset, Layer, Overlay};
 
 /// Bytes that are compared at once, or one unit if that is more.
 const PIECE: u64 = 256 << 10;
@@ -37,16 +38,34 @@ pub fn reclaim(
     progress.enter(Phase::Reclaim);
     let bases = Bases::new(&below, &below);
     let own = Chain::new([Arc::new(image.clone()) as Arc<dyn Layer>]);
-    let dropped = Walk { overlay: &writer, own: &own, below: &below, progress }.drop_equal();
+    let held = held_bytes(&image)?;
+    if progress.left() == 0 {
+        // It was not announced with the rebase.
+        progress.add_total(held);
+    }
+    let mut part = progress.part(progress.left(), held);
+    let dropped = Walk { overlay: &writer, own: &own, below: &below, progress }.drop_equal(&mut part);
     bases.refuse_changed()?;
     // What was dropped before an error is dropped all the same.
     writer.commit()?;
     publish(below.under(Arc::new(image.reopen()?)))?;
     writer.free_forgotten().doing(|| "freeing clusters".to_owned())?;
     if dropped.is_ok() {
+        part.finish();
         progress.enter(Phase::Done);
     }
     dropped
+}
+
+/// Bytes that the active disk of an overlay holds itself.
+pub(super) fn held_bytes(image: &Qcow2) -> Result<u64> {
+    let (mut at, mut held) = (GuestOffset(0), 0);
+    while at.0 < image.virtual_size() {
+        let extent = image.extent_at(at, image.virtual_size() - at.0, Detail::Owner)?;
+        held += if extent.kind == ExtentKind::NotMine { 0 } else { extent.length };
+        at = at + extent.length;
+    }
+    Ok(held)
 }
 
 struct Walk<'a> {
@@ -58,7 +77,7 @@ struct Walk<'a> {
 }
 
 impl Walk<'_> {
-    fn drop_equal(&self) -> Result<u64> {
+    fn drop_equal(&self, part: &mut Part<'_>) -> Result<u64> {
         let size = self.own.virtual_size();
         let mut buffers = Default::default();
         let (mut at, mut dropped) = (GuestOffset(0), 0);
@@ -69,6 +88,7 @@ impl Walk<'_> {
             if held.depth.is_some() {
                 let (done, here) = self.look_at(at, length, &mut buffers)?;
                 (length, dropped) = (done, dropped + here);
+                part.advance(done);
             }
             at = at + length;
         }

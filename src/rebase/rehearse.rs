@@ -5,7 +5,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use super::unchanged::Bases;
-use super::{Progress, Report, Request, Target, copy};
+use super::{Later, Progress, Report, Request, Target, copy};
 use crate::chain::{Chain, Opener};
 use crate::error::{Error, Result};
 use crate::layer::qcow2::Writer;
@@ -55,7 +55,8 @@ pub fn rehearse(chain: &Chain, opener: &Opener, request: &Request, progress: &Pr
     super::refuse_shared_files(top, &old)?;
     let bases = Bases::new(&old, &target.chain);
     let known = request.difference(&old, &target.chain)?;
-    let report = copy::copy_differences(&notes, &old, &target.chain, known.as_deref(), progress)?;
+    let chains = (&old, &target.chain);
+    let report = copy::copy_differences(&notes, chains, known.as_deref(), progress, Later::default())?;
     bases.refuse_changed()?;
     Ok(Rehearsal { report, ranges: notes.into_ranges() })
 }

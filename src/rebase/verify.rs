@@ -12,21 +12,33 @@ use crate::layer::{Detail, GuestOffset, Layer};
 const PIECE: u64 = 256 << 10;
 
 /// Compares `before` over `old` with the same image as it is in the file now over `new`: the
-/// active disk and every snapshot. What both lead to the same place of the same file is the same.
-pub(super) fn verify(before: &Qcow2, old: &Chain, new: &Chain, progress: &Progress) -> Result<()> {
+/// active disk and every snapshot. What both lead to the same place of the same file is the same. Of
+/// the progress, `announced` bytes are each view's.
+pub(super) fn verify(
+    before: &Qcow2,
+    (old, new): (&Chain, &Chain),
+    announced: u64,
+    progress: &Progress,
+) -> Result<()> {
     before.file().drop_cache()?;
     before.data_file().drop_cache()?;
     let after = before.reopen()?;
-    compare(before, old, &after, new, progress)?;
+    compare((before, old), (&after, new), announced, progress)?;
     for snapshot in before.snapshots()? {
         let (was, is) = (before.at_snapshot(&snapshot)?, after.at_snapshot(&snapshot)?);
-        compare(&was, old, &is, new, progress)
+        compare((&was, old), (&is, new), announced, progress)
             .doing(|| format!("looking at snapshot '{}'", snapshot.name))?;
     }
     Ok(())
 }
 
-fn compare(before: &Qcow2, old: &Chain, after: &Qcow2, new: &Chain, progress: &Progress) -> Result<()> {
+fn compare(
+    (before, old): (&Qcow2, &Chain),
+    (after, new): (&Qcow2, &Chain),
+    announced: u64,
+    progress: &Progress,
+) -> Result<()> {
+    let mut part = progress.part(announced, announced);
     let size = before.virtual_size();
     let before = old.under(std::sync::Arc::new(before.clone()));
     let after = new.under(std::sync::Arc::new(after.clone()));
@@ -47,8 +59,10 @@ fn compare(before: &Qcow2, old: &Chain, after: &Qcow2, new: &Chain, progress: &P
         if let Some(first) = was.iter().zip(is.iter()).position(|(was, is)| was != is) {
             return Err(mismatch(&before, at + first as u64));
         }
+        part.advance(length as u64);
         at = at + length as u64;
     }
+    part.finish();
     Ok(())
 }
 

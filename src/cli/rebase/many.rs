@@ -13,12 +13,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use clap::Args;
 use serde_json::json;
 
-use super::{Arguments, Output, print, report, work_on};
+use super::{Arguments, Done, Output, print, report, work_on};
 use crate::chain::Opener;
-use crate::cli::size;
 use crate::cli::stop::{self, Stop};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::rebase::{Differences, Many, Mode, Progress, Rehearsal, Report, Request, Together};
+use crate::rebase::{Differences, Many, Mode, Progress, Request, Together};
 
 /// A list may have so many bytes.
 const MAX_LIST: u64 = 256 << 20;
@@ -125,9 +124,9 @@ pub(super) fn run(
         );
         Ok(())
     };
-    let done = match arguments.progress && !arguments.quiet {
-        true => report::shown(|| together.fraction(), work),
-        false => work(),
+    let done = match arguments.quiet {
+        true => work(),
+        false => arguments.showing.during(|| together.standing(), work),
     };
     if let Some(file) = options.save_difference.as_ref().filter(|_| !differences.are_saved()) {
         log::warn!("{}: was not written: no backing files were compared", file.display());
@@ -151,7 +150,7 @@ struct Results<'a> {
 }
 
 impl Results<'_> {
-    fn print(&self, overlay: usize, result: &Result<Rehearsal>) {
+    fn print(&self, overlay: usize, result: &Result<Done>) {
         let path = &self.many.overlays[overlay];
         let is_json = self.arguments.output == Output::Json;
         let line = match result {
@@ -162,7 +161,7 @@ impl Results<'_> {
                 is_json.then(|| object.to_string())
             }
             Ok(done) if is_json => Some(report::as_json(self.arguments, path, done).to_string()),
-            Ok(done) => Some(format!("{}: {}", path.display(), self.summary(&done.report))),
+            Ok(done) => Some(format!("{}: {}", path.display(), self.summary(done))),
         };
         let Some(line) = line.filter(|_| !self.arguments.quiet) else { return };
         if let Err(error) = print::print(&(line + "\n")) {
@@ -170,20 +169,13 @@ impl Results<'_> {
         }
     }
 
-    fn summary(&self, report: &Report) -> String {
-        let [missing, compared, copied, zeroed, reclaimed] =
-            [report.missing, report.compared, report.copied, report.zeroed, report.reclaimed].map(size::text);
-        let options = &self.arguments.options;
-        let what = match (self.many.request.mode, options.dry_run) {
+    fn summary(&self, done: &Done) -> String {
+        let what = match (self.many.request.mode, self.arguments.options.dry_run) {
             (Mode::Unsafe, _) => return "rebased: only the reference was changed".to_owned(),
             (Mode::Safe, true) => "nothing written",
             (Mode::Safe, false) => "rebased",
         };
-        let reclaimed = if options.reclaim { format!(", {reclaimed} reclaimed") } else { String::new() };
-        format!(
-            "{what}: of {missing} not in the overlay, {compared} were compared; {copied} copied, \
-             {zeroed} zeroed{reclaimed}"
-        )
+        format!("{what}: {}", report::summary(self.arguments, done))
     }
 
     /// The last line, and the exit code.

@@ -7,11 +7,14 @@ mod report;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Instant;
 
 use clap::Args;
+use report::Done;
 
 use super::options::{Opening, Output, Refused};
 use super::print;
+use super::progress::Showing;
 use super::stop::{self, Stop};
 use crate::chain::{Chain, Opener};
 use crate::error::{Context, ErrorKind, Result};
@@ -42,9 +45,8 @@ pub(super) struct Arguments {
     /// How to print what happened
     #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
     output: Output,
-    /// Show how far it has come
-    #[arg(short, long)]
-    progress: bool,
+    #[command(flatten)]
+    showing: Showing,
     /// Print nothing but errors
     #[arg(short, long)]
     quiet: bool,
@@ -86,9 +88,9 @@ fn run_one(
     stop: &Stop,
 ) -> Result<ExitCode> {
     let work = || work_on(arguments, opener, request, image, progress);
-    let done = match arguments.progress && !arguments.quiet {
-        true => report::shown(|| progress.fraction(), work),
-        false => work(),
+    let done = match arguments.quiet {
+        true => work(),
+        false => arguments.showing.during(|| progress.standing(), work),
     };
     let done = match (done, stop.signal()) {
         (Err(error), Some(signal)) if error.kind() == ErrorKind::Cancelled => {
@@ -117,20 +119,23 @@ fn work_on(
     request: &Request,
     image: &Path,
     progress: &Progress,
-) -> Result<Rehearsal> {
-    let options = &arguments.options;
+) -> Result<Done> {
+    let (began, options) = (Instant::now(), &arguments.options);
     let access = if options.dry_run { Access::ReadOnly } else { Access::ReadWrite };
     let chain = match request.mode {
         Mode::Safe => opener.chain(image, arguments.format, access)?,
         Mode::Unsafe => Chain::new([opener.layer(image, arguments.format, access)?]),
     };
     if options.dry_run {
-        return rehearse(&chain, opener, request, progress);
+        let found = rehearse(&chain, opener, request, progress)?;
+        return Ok(Done { found, took: began.elapsed(), sizes: None });
     }
+    let before = report::size_on_disk(&chain)?;
     let (chain, mut report) = rebase(&chain, opener, request, progress)?;
     if options.reclaim {
         let reclaimed = reclaim(&chain, opener, progress, |_| Ok(()));
         report.reclaimed = reclaimed.doing(|| "reclaiming space after the rebase".to_owned())?;
     }
-    Ok(Rehearsal { report, ..Rehearsal::default() })
+    let found = Rehearsal { report, ..Rehearsal::default() };
+    Ok(Done { found, took: began.elapsed(), sizes: Some((before, report::size_on_disk(&chain)?)) })
 }

@@ -1,12 +1,12 @@
 //! What a rebase prints: how far it has come, what it did, where it was stopped.
 
 use std::path::Path;
-use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
 use super::Arguments;
+use crate::chain::Chain;
 use crate::cli::options::Output;
-use crate::cli::{print, size, stop};
+use crate::cli::{print, progress, size, stop};
 use crate::error::Result;
 use crate::rebase::{Copied, Progress, Rehearsal, Report};
 
@@ -18,55 +18,63 @@ pub(super) fn stopped(signal: i32, progress: &Progress, is_dry_run: bool) -> Str
 }
 
 /// What came of one image.
-pub(super) fn print(arguments: &Arguments, image: &Path, done: &Rehearsal) -> Result<()> {
+pub(super) struct Done {
+    /// What was done, or would be.
+    pub found: Rehearsal,
+    /// How long it took.
+    pub took: Duration,
+    /// The bytes that the overlay took on the disk before and takes now, if it was written to.
+    pub sizes: Option<(u64, u64)>,
+}
+
+/// The bytes that the overlay and its external data file take on their file systems.
+pub(super) fn size_on_disk(chain: &Chain) -> Result<u64> {
+    let own = chain.top().map_or_else(Chain::default, |top| Chain::new([top.clone()]));
+    own.files().map(|file| file.allocated_bytes()).sum()
+}
+
+/// Prints it.
+pub(super) fn print(arguments: &Arguments, image: &Path, done: &Done) -> Result<()> {
     match arguments.output {
         Output::Json => print::print_json(&as_json(arguments, image, done)),
         Output::Human => {
             let kind = |range: &Copied| if range.is_zero { "zero" } else { "copy" };
             let line = |range: &Copied| format!("{} {:#x} {:#x}\n", kind(range), range.start, range.length);
-            print::print(
-                &(done.ranges.iter().map(line).collect::<String>() + &summary(arguments, &done.report)),
-            )
+            let ranges: String = done.found.ranges.iter().map(line).collect();
+            let what = if arguments.options.dry_run { "Nothing written" } else { "Image rebased" };
+            print::print(&format!("{ranges}{what}: {}\n", summary(arguments, done)))
         }
     }
 }
 
-pub(super) fn as_json(arguments: &Arguments, image: &Path, done: &Rehearsal) -> serde_json::Value {
-    match arguments.options.dry_run {
-        true => done.as_json(image),
-        false => done.report.as_json(image),
+pub(super) fn as_json(arguments: &Arguments, image: &Path, done: &Done) -> serde_json::Value {
+    let mut object = match arguments.options.dry_run {
+        true => done.found.as_json(image),
+        false => done.found.report.as_json(image),
+    };
+    if let Some((before, after)) = done.sizes {
+        object["actual-size-before"] = before.into();
+        object["actual-size"] = after.into();
+        object["seconds"] = (done.took.as_millis() as f64 / 1000.0).into();
     }
+    object
 }
 
-/// One line on what happened.
-fn summary(arguments: &Arguments, report: &Report) -> String {
-    let [missing, equal, compared, copied, zeroed] =
-        [report.missing, report.equal, report.compared, report.copied, report.zeroed].map(size::text);
-    let what = if arguments.options.dry_run { "Nothing written" } else { "Image rebased" };
-    format!(
-        "{what}: of {missing} not in the overlay, {equal} were equal by metadata, {compared} compared; \
-         {copied} copied, {zeroed} zeroed\n"
-    )
-}
-
-/// Does the work, with a line that tells how far it has come, in qemu-img's form.
-pub(super) fn shown<T>(fraction: impl Fn() -> f64 + Sync, work: impl FnOnce() -> Result<T>) -> Result<T> {
-    let show = |end: &str| print::print(&format!("    ({:.2}/100%)\r{end}", fraction() * 100.0));
-    let (stop, stopped) = mpsc::channel::<()>();
-    let result = std::thread::scope(|scope| {
-        scope.spawn(move || {
-            while stopped
-                .recv_timeout(Duration::from_millis(100))
-                .is_err_and(|e| e == RecvTimeoutError::Timeout)
-            {
-                // Progress that cannot be shown stops nothing.
-                let _ = show("");
-            }
-        });
-        let result = work();
-        drop(stop);
-        result
-    })?;
-    print::print("    (100.00/100%)\r\n")?;
-    Ok(result)
+/// The figures of what happened.
+pub(super) fn summary(arguments: &Arguments, done: &Done) -> String {
+    let Report { missing, equal, compared, copied, zeroed, reclaimed } = done.found.report;
+    let [missing, equal, compared, copied, zeroed, reclaimed] =
+        [missing, equal, compared, copied, zeroed, reclaimed].map(size::text);
+    let mut parts = vec![
+        format!("of {missing} not in the overlay, {equal} were equal by metadata, {compared} compared"),
+        format!("{copied} copied, {zeroed} zeroed"),
+    ];
+    if arguments.options.reclaim {
+        parts.push(format!("{reclaimed} reclaimed"));
+    }
+    if let Some((before, after)) = done.sizes {
+        parts.push(format!("{} on the disk, {} before", size::text(after), size::text(before)));
+    }
+    parts.push(progress::time(done.took));
+    parts.join("; ")
 }

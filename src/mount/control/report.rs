@@ -38,6 +38,7 @@ pub(super) fn status(
         lines.add("request", command.in_words());
         lines.add("phase", progress.phase().word());
         lines.come_so_far(progress);
+        lines.goes_on(progress);
     }
     let backing = chain.top().and_then(|top| top.backing());
     lines.add("backing", backing.map_or(String::new(), |backing| backing.name.display().to_string()));
@@ -74,6 +75,14 @@ impl Lines {
     fn come_so_far(&mut self, progress: &Progress) {
         self.add("bytes-done", progress.done());
         self.add("bytes-total", progress.total());
+    }
+
+    /// How fast it is, as soon as that is known.
+    fn goes_on(&mut self, progress: &Progress) {
+        let standing = progress.standing();
+        self.add("percent", standing.percent());
+        standing.rate().iter().for_each(|rate| self.add("bytes-per-second", *rate as u64));
+        standing.left().iter().for_each(|left| self.add("seconds-left", left.as_secs_f64().ceil()));
     }
 
     fn outcome(&mut self, outcome: &Outcome) {

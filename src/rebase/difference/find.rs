@@ -3,7 +3,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use super::super::{Progress, copy};
+use super::super::{Later, Progress, copy};
 use super::{Difference, Gathered, MAX_RANGES};
 use crate::chain::Chain;
 use crate::error::{Error, Result};
@@ -16,7 +16,7 @@ pub(super) const UNIT: u64 = 4096;
 pub(super) fn find(old: &Chain, new: &Chain, progress: &Progress) -> Result<Difference> {
     let end = old.virtual_size().max(new.virtual_size());
     let notes = Notes { end, found: Mutex::new(Gathered::new(MAX_RANGES)) };
-    copy::copy_differences(&notes, old, new, None, progress)?;
+    copy::copy_differences(&notes, (old, new), None, progress, Later::default())?;
     Ok(notes.found.into_inner().unwrap_or_else(PoisonError::into_inner).finish())
 }
 

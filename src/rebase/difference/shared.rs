@@ -11,15 +11,17 @@ use super::{Difference, find};
 use crate::chain::Chain;
 use crate::error::{Error, ErrorKind, Result};
 use crate::file::Stamp;
-use crate::rebase::Progress;
+use crate::rebase::{Phase, Progress};
 
 /// Differences between chains, each found once for all who share this.
 #[derive(Debug, Default)]
 pub struct Differences {
     /// By old and new chain.
     known: Mutex<HashMap<(ChainKey, ChainKey), SharedEntry>>,
-    /// How far finding them has come.
-    progress: Progress,
+    /// Stops finding them.
+    stop: Progress,
+    /// How far finding each has come.
+    progress: Mutex<Vec<Arc<Progress>>>,
     /// What is not found but looked up, and in which file.
     loaded: Option<(PathBuf, Vec<Saved>)>,
     /// Where everything that is found is saved, and what was saved so far.
@@ -49,9 +51,9 @@ struct Known {
 }
 
 impl Differences {
-    /// Nothing known yet. `progress` is told how far finding them has come, and stops it.
-    pub fn new(progress: Progress) -> Self {
-        Self { progress, ..Self::default() }
+    /// Nothing known yet. `stop` stops finding them.
+    pub fn new(stop: Progress) -> Self {
+        Self { stop, ..Self::default() }
     }
 
     /// Knows what is in this file and nothing else: whatever is not there is refused.
@@ -84,9 +86,16 @@ impl Differences {
         self.loaded.is_some() || self.saving.is_some()
     }
 
-    /// How far finding them has come.
-    pub fn progress(&self) -> &Progress {
-        &self.progress
+    /// Bytes that were looked at to find them.
+    pub fn done(&self) -> u64 {
+        lock(&self.progress).iter().map(|progress| progress.done()).sum()
+    }
+
+    /// How many were found; one that is being found counts by how far that has come.
+    pub fn found(&self) -> f64 {
+        let is_over = |progress: &Progress| progress.phase() == Phase::Done;
+        let found = |progress: &Progress| if is_over(progress) { 1.0 } else { progress.fraction() };
+        lock(&self.progress).iter().map(|progress| found(progress)).sum()
     }
 
     /// Where `old` and `new` differ. The first who asks finds out, the others wait for it.
@@ -128,7 +137,13 @@ impl Differences {
         let stamps = [layers::stamps(old)?, layers::stamps(new)?];
         let difference = match &self.loaded {
             Some((path, saved)) => saved::choose(path, saved, old, new)?,
-            None => find::find(old, new, &self.progress)?,
+            None => {
+                let progress = Arc::new(self.stop.companion());
+                lock(&self.progress).push(progress.clone());
+                let found = find::find(old, new, &progress)?;
+                progress.enter(Phase::Done);
+                found
+            }
         };
         let known = Known { difference: difference.into(), chains: [old.clone(), new.clone()], stamps };
         let difference = known.still()?;
@@ -190,13 +205,13 @@ mod tests {
                 scope.spawn(|| assert_eq!(bytes(), 4096));
             }
         });
-        assert_eq!(differences.progress().total(), 1 << 20);
+        assert_eq!((differences.done(), differences.found()), (1 << 20, 1.0));
         differences.close(&ChainKey::of(&old), &ChainKey::of(&new));
         bytes();
-        assert_eq!(differences.progress().total(), 2 << 20);
+        assert_eq!(differences.done(), 2 << 20);
         // Nothing differs from itself, and nobody looks.
         assert_eq!(differences.between(&old, &old).unwrap().bytes(), 0);
-        assert_eq!(differences.progress().total(), 2 << 20);
+        assert_eq!(differences.done(), 2 << 20);
     }
 
     #[test]

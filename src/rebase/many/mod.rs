@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub use look::Looked;
 pub use together::Together;
 
-use super::{ChainKey, Progress, Request};
+use super::{ChainKey, Mode, Progress, Request};
 use crate::error::Result;
 use crate::layer::Format;
 
@@ -105,12 +105,12 @@ impl Many {
         done: impl Fn(usize, Result<T>) + Sync,
     ) {
         let Looked { failed, moves } = looked;
-        together.enter();
+        let left = Left::new(&moves);
+        together.enter(if self.finds_differences() { left.shared() } else { 0 });
         for (overlay, error) in failed {
             together.finished();
             done(overlay, Err(error));
         }
-        let left = Left::new(&moves);
         self.in_parallel(moves.len(), |number| {
             let (overlay, its_move) = &moves[number];
             let progress = together.begun();
@@ -124,6 +124,12 @@ impl Many {
             }
             done(*overlay, result);
         });
+    }
+
+    /// Whether the overlays share what they find out, and do not look it up.
+    fn finds_differences(&self) -> bool {
+        let differences = self.request.differences.as_ref();
+        self.request.mode == Mode::Safe && differences.is_some_and(|shared| !shared.is_loaded())
     }
 
     /// The request of an overlay that so many others move with, itself included: to find out for one
@@ -174,6 +180,11 @@ impl Left {
             *all.entry(its_move.clone()).or_insert(0) += 1;
         }
         Self { left: Mutex::new(all.clone()), all }
+    }
+
+    /// How many moves to another chain are made by more than one overlay.
+    fn shared(&self) -> usize {
+        self.all.iter().filter(|(its_move, count)| **count > 1 && its_move.0 != its_move.1).count()
     }
 
     fn all_of(&self, its_move: &Arc<Move>) -> usize {
