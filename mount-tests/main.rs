@@ -29,4 +29,5 @@ mod real_input;
 mod rebase;
 mod repair;
 mod scratch;
+mod system;
 mod traced;

@@ -5,9 +5,10 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::time::Duration;
 
 /// The errno values that the rest of the crate names.
 pub mod errno {
@@ -381,4 +382,26 @@ pub fn detach_mount(mountpoint: &Path) -> io::Result<()> {
 /// Major and minor number of a device, as `/sys` names it.
 pub fn device_numbers(device: u64) -> (u32, u32) {
     (libc::major(device), libc::minor(device))
+}
+
+/// Another process, held by a descriptor: its number cannot come to mean a later one.
+pub struct Process(OwnedFd);
+
+impl Process {
+    /// The process that has this number now.
+    pub fn open(number: u32) -> io::Result<Self> {
+        // SAFETY: no memory is passed.
+        let opened = unsafe { libc::syscall(libc::SYS_pidfd_open, number, 0) };
+        let descriptor = check(libc::c_int::try_from(opened).unwrap_or(-1))?;
+        // SAFETY: the kernel has just given us this descriptor, and nobody else has it.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(descriptor) }))
+    }
+
+    /// Waits until all its threads have ended, at most so long; tells whether they have.
+    pub fn ends_within(&self, time: Duration) -> io::Result<bool> {
+        let mut poll = libc::pollfd { fd: self.0.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        let milliseconds = libc::c_int::try_from(time.as_millis()).unwrap_or(libc::c_int::MAX);
+        // SAFETY: `poll` is one valid entry that outlives the call.
+        check(unsafe { libc::poll(&raw mut poll, 1, milliseconds) }).map(|ready| ready > 0)
+    }
 }

@@ -5,28 +5,38 @@ mod check;
 mod compare;
 mod create;
 mod format_options;
+mod generate;
+mod helper;
 mod info;
 mod map;
+mod messages;
 mod mount;
+mod mount_options;
 mod options;
 mod print;
 mod progress;
 mod rebase;
 mod size;
 mod stop;
+mod umount;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys;
+use helper::Called;
+use messages::Time;
 
 /// Mount a copy-on-write disk image as a flat file, and rebase it safely while it is mounted.
 #[derive(Debug, Parser)]
 #[command(name = "rebasefs", version, about, subcommand_required = true)]
 struct Cli {
+    /// Tell more: -v what is done, -vv why (as RUST_LOG=info, RUST_LOG=debug)
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
     #[command(subcommand)]
     command: Command,
 }
@@ -34,19 +44,32 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Mount(mount::Arguments),
+    Umount(umount::Arguments),
     Rebase(rebase::Arguments),
     Info(info::Arguments),
     Map(map::Arguments),
     Compare(compare::Arguments),
     Check(check::Arguments),
     Create(create::Arguments),
+    Generate(generate::Arguments),
 }
 
 /// Does what was typed (the program's name first). The exit codes are those of qemu-img's command
-/// of the same name.
+/// of the same name. Called as `mount.fuse.rebasefs`, it is a helper of mount(8).
 pub fn run(typed: &[OsString]) -> ExitCode {
+    let is_command = |word: &OsStr| Cli::command().find_subcommand(word).is_some();
+    match helper::called(typed, is_command) {
+        Called::Typed(words) => run_typed(&words),
+        Called::ForShow => ExitCode::SUCCESS,
+    }
+}
+
+fn run_typed(typed: &[OsString]) -> ExitCode {
     let command = match Cli::try_parse_from(typed) {
-        Ok(cli) => cli.command,
+        Ok(cli) => {
+            messages::start(cli.verbose, cli.command.time());
+            cli.command
+        }
         Err(e) => {
             // Where it cannot be printed there is nobody to tell.
             let _ = e.print();
@@ -74,6 +97,14 @@ fn or_force_share(error: Error) -> Error {
 }
 
 impl Command {
+    /// Whether messages carry the time. Only a server's do: the others are done soon.
+    fn time(&self) -> Time {
+        match self {
+            Self::Mount(arguments) => arguments.time(),
+            _ => Time::Untold,
+        }
+    }
+
     fn run(self) -> Result<ExitCode> {
         // A chain of 1000 layers is 1000 open files, and 1024 is a common limit.
         if let Err(e) = sys::raise_open_file_limit() {
@@ -91,6 +122,8 @@ impl Command {
             Self::Check(arguments) if arguments.repairs() => check::run(&arguments),
             Self::Check(arguments) => check::run(&arguments).map_err(or_force_share),
             Self::Create(arguments) => create::run(&arguments),
+            Self::Umount(arguments) => umount::run(&arguments),
+            Self::Generate(arguments) => generate::run(arguments, Cli::command()),
         }
     }
 }

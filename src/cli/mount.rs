@@ -8,8 +8,10 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::thread;
 
-use clap::{Args, value_parser};
+use clap::Args;
 
+use super::messages::Time;
+use super::mount_options::{self, Words};
 use super::options::Opening;
 use crate::error::{Error, Result};
 use crate::layer::Format;
@@ -19,7 +21,8 @@ use crate::sys::{self, Fork};
 /// Mount the guest-visible bytes of an image as DIR/disk.raw, with control files in DIR/ctl
 ///
 /// The command returns when the mount can be used; a server goes on in the background until
-/// `umount DIR` or SIGTERM.
+/// `rebasefs umount DIR`, `umount DIR` or SIGTERM. `mount -t fuse.rebasefs IMAGE DIR` and a line of
+/// /etc/fstab do the same.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Example:
@@ -27,7 +30,7 @@ Example:
   sha256sum mnt/disk.raw
   echo new.img > mnt/ctl/backing     # rebase; an empty line flattens
   cat mnt/ctl/status
-  umount mnt")]
+  rebasefs umount mnt")]
 pub(super) struct Arguments {
     /// The image
     #[arg(value_name = "IMAGE")]
@@ -38,14 +41,15 @@ pub(super) struct Arguments {
     /// Format of the image [default: recognised from the file]
     #[arg(short, long, value_name = "FORMAT", value_parser = |name: &str| Format::from_name(name))]
     format: Option<Format>,
-    /// Mount options, as for mount(8): allow_other, ro, fsname=NAME, …
+    /// Mount options, as for mount(8): allow_other, ro, fsname=NAME, …; and, for fstab, format=, log=,
+    /// threads=, force_share, guess_formats
     #[arg(short, long = "options", value_name = "OPTION,…")]
-    options: Vec<MountOptions>,
+    options: Vec<Words>,
     /// Stay in the foreground, messages on standard error
     #[arg(long)]
     foreground: bool,
     /// How many threads serve [default: one a processor, at least 2]
-    #[arg(long, value_name = "N", value_parser = value_parser!(u16).range(1..=256))]
+    #[arg(long, value_name = "N", value_parser = mount_options::threads)]
     threads: Option<u16>,
     /// In the background, write messages to this file
     #[arg(long, value_name = "FILE")]
@@ -54,10 +58,29 @@ pub(super) struct Arguments {
     opening: Opening,
 }
 
-pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
+impl Arguments {
+    /// Whether the messages of the server carry the time.
+    pub(super) fn time(&self) -> Time {
+        match self.foreground {
+            true => Time::of_standard_error(),
+            // To a file, if to anybody.
+            false => Time::Told,
+        }
+    }
+}
+
+pub(super) fn run(mut arguments: Arguments) -> Result<ExitCode> {
+    let words = Words::merged(std::mem::take(&mut arguments.options));
+    let arguments = Arguments {
+        format: arguments.format.or(words.format),
+        threads: arguments.threads.or(words.threads),
+        log: arguments.log.or(words.log),
+        opening: arguments.opening.or(words.opening),
+        ..arguments
+    };
     let log = arguments.log.as_deref().map(open_log).transpose()?;
     let foreground = arguments.foreground;
-    let mount = checked(arguments);
+    let mount = checked(arguments, words.mount);
     if foreground {
         mount.start()?.serve()?;
         return Ok(ExitCode::SUCCESS);
@@ -65,14 +88,14 @@ pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
     in_background(mount, log.as_ref())
 }
 
-fn checked(arguments: Arguments) -> Mount {
+fn checked(arguments: Arguments, options: MountOptions) -> Mount {
     let processors = || thread::available_parallelism().map_or(2, |n| n.get().max(2));
     Mount {
         image: arguments.image,
         format: arguments.format,
         mountpoint: arguments.mountpoint,
         opener: arguments.opening.opener(),
-        options: MountOptions::merged(arguments.options),
+        options,
         threads: arguments.threads.map_or_else(processors, usize::from),
     }
 }

@@ -17,17 +17,25 @@ pub(super) enum Output {
 }
 
 /// How images are opened.
-#[derive(Clone, Copy, Debug, Args)]
+#[derive(Clone, Copy, Debug, Default, Args)]
 pub(super) struct Opening {
     /// Open images even if another process has them open for writing; what is read may be torn
     #[arg(short = 'U', long)]
-    force_share: bool,
+    pub(super) force_share: bool,
     /// Trust every image of the chain: recognise formats that images do not record, whatever they lead to
     #[arg(long)]
-    guess_formats: bool,
+    pub(super) guess_formats: bool,
 }
 
 impl Opening {
+    /// As either of them allows.
+    pub(super) fn or(self, other: Self) -> Self {
+        Self {
+            force_share: self.force_share || other.force_share,
+            guess_formats: self.guess_formats || other.guess_formats,
+        }
+    }
+
     /// What opens images that way.
     pub(super) fn opener(self) -> Opener {
         let guess = if self.guess_formats { Guess::Anything } else { Guess::Harmless };

@@ -2,7 +2,7 @@
 //! into the chain and to change it.
 //!
 //! [`Mount`] says what to mount where; [`Mount::start`] makes it, [`Mounted::serve`] lives with
-//! it. `adapter` is all that knows FUSE requests; `view` is the file system without them, made of
+//! it; [`unmount()`] takes it down from another process. `adapter` is all that knows FUSE requests; `view` is the file system without them, made of
 //! `tree` (names), `image` (a chain as a flat file) and `control` (commands and jobs).
 
 mod adapter;
@@ -12,6 +12,7 @@ mod options;
 mod point;
 mod session;
 mod tree;
+mod unmount;
 mod view;
 
 use std::path::PathBuf;
@@ -28,6 +29,7 @@ use control::Control;
 pub use control::in_words;
 use image::Image;
 pub use options::MountOptions;
+pub use unmount::{Manner, unmount};
 use view::{Ownership, View};
 
 /// What to mount, where, and how.

@@ -36,9 +36,42 @@ const FLAGS: [(&str, MountOption); 15] = [
     ("default_permissions", MountOption::DefaultPermissions),
 ];
 
+/// Words of mount(8), systemd and fstab(5) that do not concern a file system, or not one like this:
+/// `mount` keeps most of them to itself, other programs that read fstab do not.
+const NOT_OURS: [&str; 19] = [
+    "defaults",
+    "auto",
+    "noauto",
+    "user",
+    "nouser",
+    "users",
+    "owner",
+    "group",
+    "nofail",
+    "_netdev",
+    "relatime",
+    "norelatime",
+    "strictatime",
+    "lazytime",
+    "nolazytime",
+    "diratime",
+    "nodiratime",
+    "silent",
+    "loud",
+];
+
+/// Likewise words that begin so.
+const NOT_OURS_EITHER: [&str; 4] = ["x-", "X-", "comment=", "user="];
+
 impl MountOptions {
     /// Adds one word: `allow_other`, `fsname=NAME`, …
+    ///
+    /// # Errors
+    /// Nobody knows the word.
     pub fn add(&mut self, word: &str) -> Result<()> {
+        if NOT_OURS.contains(&word) || NOT_OURS_EITHER.iter().any(|start| word.starts_with(start)) {
+            return Ok(());
+        }
         if let Some((_, flag)) = FLAGS.iter().find(|(name, _)| *name == word) {
             self.flags.push(flag.clone());
             return Ok(());
@@ -143,6 +176,12 @@ mod tests {
             assert!(error.contains(&format!("unknown mount option '{word}'")), "{error}");
         }
         assert!(config("auto_unmount").unwrap_err().to_string().contains("needs 'allow_other'"));
+    }
+
+    #[test]
+    fn a_line_of_fstab_is_understood() {
+        let options = config("defaults,noauto,user=me,nofail,_netdev,x-systemd.automount,ro").unwrap();
+        assert!(options.mount_options.contains(&MountOption::RO));
     }
 
     #[test]

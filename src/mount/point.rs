@@ -11,16 +11,16 @@ use crate::sys::errno;
 
 /// Checks that `image` can be mounted on the directory `path`; returns its real path.
 pub(super) fn check(path: &Path, image: &Path) -> Result<PathBuf> {
-    let real = path.canonicalize().map_err(|e| cannot_use(e).path(path))?;
+    let real = path.canonicalize().map_err(|e| cannot_use(e, path))?;
     if !real.is_dir() {
         return Err(Error::invalid("the mount point is not a directory").path(path));
     }
     if let Some(source) = mounted_on(&real) {
         // Attributes may come from the kernel's cache; a dead server is found out by this.
-        std::fs::read_dir(&real).map_err(|e| cannot_use(e).path(path))?;
+        std::fs::read_dir(&real).map_err(|e| cannot_use(e, path))?;
         let what = format!("'{source}' is mounted here already");
         let busy = Error::new(ErrorKind::Busy, what).path(path);
-        return Err(busy.hint("take it down with `umount` first"));
+        return Err(busy.hint(format!("take it down first: `rebasefs umount {}`", in_shell(path))));
     }
     // By its real path; one that cannot be found is reported better by who opens it.
     if image.canonicalize().is_ok_and(|image| is_inside(&image, &real)) {
@@ -32,30 +32,64 @@ pub(super) fn check(path: &Path, image: &Path) -> Result<PathBuf> {
     Ok(real)
 }
 
-fn cannot_use(error: io::Error) -> Error {
+fn cannot_use(error: io::Error, path: &Path) -> Error {
     let hint = match error.raw_os_error() {
-        Some(errno::ENOTCONN) => "a server died here; clean up with `umount` or `fusermount3 -u`",
-        Some(errno::ENOENT) => "create the directory first",
-        _ => return Error::io(error, "cannot use the mount point"),
+        Some(errno::ENOTCONN) => {
+            format!("a server died here; clean up with `rebasefs umount {}`", in_shell(path))
+        }
+        Some(errno::ENOENT) => format!("create the directory first: `mkdir -p {}`", in_shell(path)),
+        _ => return Error::io(error, "cannot use the mount point").path(path),
     };
-    Error::io(error, "cannot use the mount point").hint(hint)
+    Error::io(error, "cannot use the mount point").path(path).hint(hint)
+}
+
+/// A path as a word of a command that can be copied into a shell.
+pub(super) fn in_shell(path: &Path) -> String {
+    let text = path.to_string_lossy();
+    shlex::try_quote(&text).map_or_else(|_| text.to_string(), std::borrow::Cow::into_owned)
+}
+
+/// A line of the kernel's table of mounts.
+pub(super) struct Entry {
+    /// The type: `fuse` or `fuse.rebasefs`.
+    pub kind: String,
+    /// What is mounted: the image's path, unless `fsname` says otherwise.
+    pub source: String,
+    /// What the file system itself says of the mount: `rw,user_id=0,…`.
+    pub options: String,
+}
+
+impl Entry {
+    /// Whether it is one of FUSE's.
+    pub(super) fn is_fuse(&self) -> bool {
+        self.kind == "fuse" || self.kind.starts_with("fuse.")
+    }
+
+    /// The value of one of the options: `user_id`.
+    pub(super) fn option(&self, key: &str) -> Option<&str> {
+        self.options.split(',').find_map(|option| option.strip_prefix(key)?.strip_prefix('='))
+    }
 }
 
 /// The source of the FUSE file system that is mounted exactly here. Others may be mounted over.
 fn mounted_on(real: &Path) -> Option<String> {
-    let table = std::fs::read("/proc/self/mountinfo").ok()?;
-    let mut lines = table.split(|&byte| byte == b'\n');
-    lines.find_map(|line| fuse_source(line, real))
+    entries(real).into_iter().find(Entry::is_fuse).map(|entry| entry.source)
+}
+
+/// All that is mounted exactly here, the topmost last.
+pub(super) fn entries(real: &Path) -> Vec<Entry> {
+    let table = std::fs::read("/proc/self/mountinfo").unwrap_or_default();
+    table.split(|&byte| byte == b'\n').filter_map(|line| entry(line, real)).collect()
 }
 
 /// `ID PARENT MAJOR:MINOR ROOT MOUNTPOINT OPTIONS [FIELD…] - TYPE SOURCE OPTIONS`, see proc(5).
-fn fuse_source(line: &[u8], mountpoint: &Path) -> Option<String> {
+fn entry(line: &[u8], mountpoint: &Path) -> Option<Entry> {
     let fields: Vec<&[u8]> = line.split(|&byte| byte == b' ').collect();
     let dash = fields.iter().position(|field| *field == b"-")?;
-    let (kind, source) = (fields.get(dash + 1)?, fields.get(dash + 2)?);
-    let is_fuse = *kind == b"fuse" || kind.starts_with(b"fuse.");
-    let is_here = unescape(fields.get(4)?) == mountpoint.as_os_str();
-    (is_fuse && is_here).then(|| unescape(source).to_string_lossy().into_owned())
+    let text = |field: &[u8]| unescape(field).to_string_lossy().into_owned();
+    let [kind, source, options] = fields.get(dash + 1..dash + 4)? else { return None };
+    let entry = Entry { kind: text(kind), source: text(source), options: text(options) };
+    (unescape(fields.get(4)?) == mountpoint.as_os_str()).then_some(entry)
 }
 
 /// `\040` → space.
@@ -90,11 +124,13 @@ mod tests {
 
     #[test]
     fn a_fuse_mount_is_found_where_it_is() {
-        assert_eq!(fuse_source(LINE, Path::new("/mnt/my disk")).as_deref(), Some("/vm/a.qcow2"));
-        assert_eq!(fuse_source(LINE, Path::new("/mnt")), None);
+        let found = entry(LINE, Path::new("/mnt/my disk")).unwrap();
+        assert!(found.is_fuse());
+        assert_eq!((found.source.as_str(), found.option("user_id")), ("/vm/a.qcow2", Some("0")));
+        assert!(entry(LINE, Path::new("/mnt")).is_none());
         let ext4 = b"36 35 8:1 / /mnt rw - ext4 /dev/sda1 rw";
-        assert_eq!(fuse_source(ext4, Path::new("/mnt")), None);
-        assert_eq!(fuse_source(b"", Path::new("/mnt")), None);
+        assert!(!entry(ext4, Path::new("/mnt")).unwrap().is_fuse());
+        assert!(entry(b"", Path::new("/mnt")).is_none());
     }
 
     #[test]

@@ -171,13 +171,16 @@ impl Control {
             ControlFile::Status => {
                 let changes = self.look_at_backing_files();
                 let state = self.state();
-                report::status(
+                let mut status = report::status(
                     &chain,
                     &changes,
                     state.running.as_deref(),
                     state.last.as_ref(),
                     state.refused.as_deref(),
-                )
+                );
+                // Who unmounts can wait for it.
+                status.extend(format!("server: {}\n", std::process::id()).into_bytes());
+                status
             }
             ControlFile::Rebase => self.state().rehearsed.to_vec(),
             ControlFile::Cancel => Vec::new(),

@@ -1,0 +1,53 @@
+//! `rebasefs generate`: manual pages and shell completions, made from the command line's own
+//! definition, so that they are never behind it.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Subcommand};
+use clap_complete::Shell;
+
+use super::print::print;
+use crate::error::{Error, Result};
+
+/// Make manual pages, or completions for a shell
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Example:
+  rebasefs generate man /usr/local/share/man/man1
+  rebasefs generate completions bash > /usr/share/bash-completion/completions/rebasefs")]
+pub(super) struct Arguments {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Write a manual page for the program and each command into a directory
+    Man {
+        /// The directory
+        #[arg(value_name = "DIR")]
+        directory: PathBuf,
+    },
+    /// Print completions for a shell
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+}
+
+/// `command` is the whole command line.
+pub(super) fn run(arguments: Arguments, mut command: clap::Command) -> Result<ExitCode> {
+    match arguments.what {
+        What::Man { directory } => {
+            clap_mangen::generate_to(command, &directory)
+                .map_err(|e| Error::io(e, "cannot write the manual pages").path(&directory))?;
+        }
+        What::Completions { shell } => {
+            let mut text = Vec::new();
+            clap_complete::generate(shell, &mut command, "rebasefs", &mut text);
+            print(&String::from_utf8_lossy(&text))?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,48 @@
+//! Messages: which are printed, and whether they carry the time.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+
+use env_logger::{Builder, Env, TimestampPrecision};
+
+/// What is told with no, one, two and more `-v`. fuser warns that it could not unmount what `umount`
+/// has unmounted already.
+const LEVELS: [&str; 4] = [
+    "warn,fuser::session=error",
+    "info,fuser=warn,fuser::session=error",
+    "debug,fuser=info,fuser::session=error",
+    "trace",
+];
+
+/// Whether a line begins with the time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Time {
+    /// Somebody looks on, or adds the time himself: a terminal, a pipe, the journal.
+    Untold,
+    /// Nobody else will know: a file.
+    Told,
+}
+
+impl Time {
+    /// As the standard error demands it.
+    pub(super) fn of_standard_error() -> Self {
+        let metadata = io::stderr().as_fd().try_clone_to_owned().and_then(|fd| File::from(fd).metadata());
+        if metadata.is_ok_and(|metadata| metadata.is_file()) { Self::Told } else { Self::Untold }
+    }
+}
+
+/// Messages go to the standard error from now on. `-v` counts more than `RUST_LOG`.
+pub(super) fn start(verbose: u8, time: Time) {
+    let level = LEVELS[usize::from(verbose).min(LEVELS.len() - 1)];
+    let mut builder = match verbose {
+        0 => Builder::from_env(Env::default().default_filter_or(level)),
+        _ => Builder::new(),
+    };
+    if verbose > 0 {
+        builder.parse_filters(level);
+    }
+    builder.format_timestamp((time == Time::Told).then_some(TimestampPrecision::Seconds));
+    // A program that calls us as a library may have a logger of its own.
+    let _ = builder.try_init();
+}
