@@ -22,6 +22,7 @@ mod map;
 mod memory_file;
 mod mount;
 mod mounted;
+mod picture;
 mod progress;
 mod random_chain;
 mod reading;

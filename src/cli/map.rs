@@ -1,4 +1,4 @@
-//! `rebasefs map`: which layer holds what.
+//! `rebasefs map`: which layer holds what, as a table, as JSON, as a picture.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -6,7 +6,8 @@ use std::process::ExitCode;
 use clap::Args;
 
 use super::options::{self, Opening, Output, Refused};
-use super::print::print;
+use super::picture::{Colour, Grid, Kind, Picture};
+use super::print::{self, print};
 use super::size;
 use crate::chain::{Chain, MapEntry};
 use crate::error::{Error, Result};
@@ -17,6 +18,7 @@ use crate::file::Access;
 #[command(after_help = "\
 Example:
   rebasefs map --output=json cow.qcow2
+  rebasefs map --picture cow.qcow2
   rebasefs map --start-offset 1G --max-length 64M cow.qcow2")]
 pub(super) struct Arguments {
     /// Format of the image; without it, it is recognised from the file
@@ -31,6 +33,12 @@ pub(super) struct Arguments {
     /// Look at this many bytes at most
     #[arg(short, long, value_name = "LENGTH")]
     max_length: Option<String>,
+    /// Draw where the bytes come from: a cell a range, a colour and a character a layer
+    #[arg(long, conflicts_with = "output")]
+    picture: bool,
+    /// Draw the same for a page, into FILE
+    #[arg(long, value_name = "FILE", conflicts_with = "output")]
+    svg: Option<PathBuf>,
     #[command(flatten)]
     opening: Opening,
     #[command(flatten)]
@@ -49,7 +57,16 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
     };
     let format = options::format(arguments.format.as_deref())?;
     let chain = arguments.opening.opener().chain(&arguments.file, format, Access::ReadOnly)?;
+    if let Some(file) = &arguments.svg {
+        draw(&chain, start, length, Grid::for_page)?.write_svg(file)?;
+    }
+    if arguments.picture {
+        let columns = print::columns();
+        let picture = draw(&chain, start, length, |smallest| Grid::for_terminal(columns, smallest))?;
+        print(&picture.text(columns, print::is_coloured()))?;
+    }
     match arguments.output {
+        _ if arguments.picture || arguments.svg.is_some() => {}
         Output::Json => print_json(&chain, start, length)?,
         Output::Human => print_table(&chain, start, length)?,
     }
@@ -94,6 +111,49 @@ fn print_table(chain: &Chain, start: u64, length: u64) -> Result<()> {
         print(&format!("{start:<16}{length:<16}{offset:<16}{}\n", file.display()))?;
     }
     Ok(())
+}
+
+/// Kinds before those of the layers.
+const NOWHERE: usize = 0;
+const ZEROS: usize = 1;
+const LAYERS: usize = 2;
+
+/// The picture of a range: data by layer, what some layer says is zeros, what no layer holds.
+fn draw(chain: &Chain, start: u64, length: u64, grid: impl FnOnce(u64) -> Grid) -> Result<Picture> {
+    let kind = |symbol, colour, rank, name: String| Kind { symbol, colour, rank, name };
+    let mut kinds = vec![
+        kind('.', Colour::Empty, 0, "in no layer".to_owned()),
+        kind('-', Colour::Faint, 1, "zeros in a layer".to_owned()),
+    ];
+    kinds.extend(chain.layers().iter().enumerate().map(|(depth, layer)| {
+        let name = format!("{depth}: {} ({})", layer.file().path().display(), layer.format());
+        kind(symbol(depth), Colour::Strong(depth), 2, name)
+    }));
+    let size = chain.virtual_size();
+    let (start, end) = (start.min(size), start.saturating_add(length).min(size));
+    let title = chain.top().map_or_else(String::new, |top| top.file().path().display().to_string());
+    let mut picture = Picture::new(title, start, end, kinds, grid(smallest(chain)));
+    for entry in chain.map(start, length) {
+        let entry = entry?;
+        let kind = match entry {
+            MapEntry { zero: false, data: true, depth, .. } => LAYERS + depth,
+            MapEntry { present: true, .. } => ZEROS,
+            _ => NOWHERE,
+        };
+        picture.add(entry.start, entry.length, kind);
+    }
+    Ok(picture)
+}
+
+/// A layer's character; there are only so many.
+fn symbol(depth: usize) -> char {
+    u32::try_from(depth).ok().and_then(|depth| char::from_digit(depth, 36)).unwrap_or('+')
+}
+
+/// Bytes that the top layer holds or does not hold together.
+fn smallest(chain: &Chain) -> u64 {
+    let clusters = chain.top().and_then(|top| top.as_qcow2()).map(|image| image.header().cluster_size());
+    clusters.unwrap_or(4096)
 }
 
 /// As C prints `%#x`.

@@ -13,6 +13,7 @@ mod messages;
 mod mount;
 mod mount_options;
 mod options;
+mod picture;
 mod print;
 mod progress;
 mod rebase;

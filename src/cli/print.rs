@@ -33,6 +33,19 @@ pub(super) fn columns_of_stderr() -> u16 {
     terminal_size::terminal_size_of(io::stderr()).map_or(80, |(width, _)| width.0)
 }
 
+/// The same of the standard output. Where that is no terminal, `COLUMNS` can say it.
+pub(super) fn columns() -> usize {
+    let said = || std::env::var("COLUMNS").ok().and_then(|columns| columns.parse().ok());
+    let terminal = terminal_size::terminal_size_of(io::stdout()).map(|(width, _)| usize::from(width.0));
+    terminal.or_else(said).filter(|columns| *columns > 0).unwrap_or(80)
+}
+
+/// Whether colours are wanted on the standard output: it is a terminal that has them, and neither
+/// `NO_COLOR` nor another convention says otherwise.
+pub(super) fn is_coloured() -> bool {
+    anstream::AutoStream::choice(&io::stdout()) != anstream::ColorChoice::Never
+}
+
 /// Writes a value as qemu-img writes JSON: indented by four spaces, with a newline at the end.
 pub(super) fn print_json(value: &impl Serialize) -> Result<()> {
     print(&(json(value)? + "\n"))

@@ -197,6 +197,12 @@ pub trait Overlay: Send + Sync {
     /// Whether zeros can be held without data.
     fn has_zero_clusters(&self) -> bool;
 
+    /// Told of a range in which old and new backing file are read and compared. Whoever only takes notes
+    /// wants to know.
+    fn is_compared(&self, at: GuestOffset, length: u64) {
+        let _ = (at, length);
+    }
+
     /// Lets every view that falls through to the backing file in this range hold `content`
     /// itself. What a view holds already stays. The range begins at a multiple of
     /// [`unit`](Self::unit) and ends at one. May be called from several threads for disjoint

@@ -127,6 +127,7 @@ impl Job<'_> {
 
     fn look_at(&self, range: Range, memory: &mut Memory) -> Result<()> {
         let looked_at = range.length().min(self.overlay.end() - range.start.0);
+        self.overlay.is_compared(range.start, looked_at);
         for range in self.without_equal_payloads(range, &mut memory.payloads)? {
             self.compare(range, memory)?;
         }

@@ -29,6 +29,8 @@ pub struct Rehearsal {
     pub report: Report,
     /// What it would copy, in order.
     pub ranges: Vec<Copied>,
+    /// What it would compare, in order: first byte and length in bytes.
+    pub compared: Vec<(GuestOffset, u64)>,
 }
 
 /// Finds out what [`rebase`](super::rebase) would do for a safe request, without writing. The
@@ -50,7 +52,7 @@ pub fn rehearse(chain: &Chain, opener: &Opener, request: &Request, progress: &Pr
             top.file().path().display()
         ),
     }
-    let notes = Notes { overlay: &writer, ranges: Mutex::default() };
+    let notes = Notes { overlay: &writer, ranges: Mutex::default(), compared: Mutex::default() };
     let old = chain.below(0);
     super::refuse_shared_files(top, &old)?;
     let bases = Bases::new(&old, &target.chain);
@@ -58,18 +60,20 @@ pub fn rehearse(chain: &Chain, opener: &Opener, request: &Request, progress: &Pr
     let chains = (&old, &target.chain);
     let report = copy::copy_differences(&notes, chains, known.as_deref(), progress, Later::default())?;
     bases.refuse_changed()?;
-    Ok(Rehearsal { report, ranges: notes.into_ranges() })
+    let (ranges, compared) = notes.in_order();
+    Ok(Rehearsal { report, ranges, compared })
 }
 
 /// An overlay that notes what it is asked to hold.
 struct Notes<'a> {
     overlay: &'a Writer,
     ranges: Mutex<Vec<Copied>>,
+    compared: Mutex<Vec<(GuestOffset, u64)>>,
 }
 
 impl Notes<'_> {
     /// In order, neighbours joined: workers come when they come.
-    fn into_ranges(self) -> Vec<Copied> {
+    fn in_order(self) -> (Vec<Copied>, Vec<(GuestOffset, u64)>) {
         let mut ranges = self.ranges.into_inner().unwrap_or_else(PoisonError::into_inner);
         ranges.sort_unstable();
         ranges.dedup_by(|next, last| {
@@ -77,7 +81,14 @@ impl Notes<'_> {
             last.length += if joins { next.length } else { 0 };
             joins
         });
-        ranges
+        let mut compared = self.compared.into_inner().unwrap_or_else(PoisonError::into_inner);
+        compared.sort_unstable();
+        compared.dedup_by(|next, last| {
+            let joins = last.0 + last.1 == next.0;
+            last.1 += if joins { next.1 } else { 0 };
+            joins
+        });
+        (ranges, compared)
     }
 }
 
@@ -104,6 +115,10 @@ impl Overlay for Notes<'_> {
 
     fn has_zero_clusters(&self) -> bool {
         self.overlay.has_zero_clusters()
+    }
+
+    fn is_compared(&self, at: GuestOffset, length: u64) {
+        self.compared.lock().unwrap_or_else(PoisonError::into_inner).push((at, length));
     }
 
     fn fill(&self, at: GuestOffset, content: Content<'_>) -> Result<Filled> {

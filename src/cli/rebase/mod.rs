@@ -2,6 +2,7 @@
 //! them beside it; what is printed is in `report`.
 
 mod many;
+mod picture;
 mod report;
 
 use std::path::{Path, PathBuf};
@@ -17,7 +18,7 @@ use super::print;
 use super::progress::Showing;
 use super::stop::{self, Stop};
 use crate::chain::{Chain, Opener};
-use crate::error::{Context, ErrorKind, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::file::{Access, CacheMode};
 use crate::layer::Format;
 use crate::rebase::{Mode, Options, Progress, Rehearsal, Request, rebase, reclaim, rehearse};
@@ -47,6 +48,9 @@ pub(super) struct Arguments {
     output: Output,
     #[command(flatten)]
     showing: Showing,
+    /// With --dry-run, draw for a page what would be copied, compared and skipped, into FILE
+    #[arg(long, value_name = "FILE", requires = "dry_run")]
+    svg: Option<PathBuf>,
     /// Print nothing but errors
     #[arg(short, long)]
     quiet: bool,
@@ -75,6 +79,8 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
         [image] if !arguments.many.are_given() => {
             run_one(arguments, &opener, &request, image, &progress, &stop)
         }
+        _ if arguments.svg.is_some() => Err(Error::invalid("--svg draws one image")
+            .hint("name one image, and neither --from-file nor a file of differences")),
         _ => many::run(arguments, &opener, request, &progress, &stop),
     }
 }
@@ -128,6 +134,10 @@ fn work_on(
     };
     if options.dry_run {
         let found = rehearse(&chain, opener, request, progress)?;
+        if let Some(file) = &arguments.svg {
+            let backing = request.backing.as_ref().map(|backing| Path::new(&backing.name));
+            picture::write_svg(&found, &chain, backing, file)?;
+        }
         return Ok(Done { found, took: began.elapsed(), sizes: None });
     }
     let before = report::size_on_disk(&chain)?;
