@@ -32,3 +32,4 @@ mod repair;
 mod scratch;
 mod system;
 mod traced;
+mod tree;

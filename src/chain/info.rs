@@ -1,11 +1,12 @@
 //! What can be said of a layer without reading guest data, in the words of `qemu-img info`.
 //!
-//! The types serialise to qemu-img's JSON. Prints nothing.
+//! The types serialise to qemu-img's JSON, which [`json`] lays out. Prints nothing.
 
 use serde::Serialize;
+use serde_json::ser::PrettyFormatter;
 
 use super::name;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::file::HostFile;
 use crate::layer::qcow2::Qcow2;
 use crate::layer::qcow2::bitmap::Bitmap;
@@ -177,6 +178,19 @@ impl ImageInfo {
             children: vec![Child { name: "file", info: file }],
         })
     }
+}
+
+/// A value as qemu-img writes JSON: indented by four spaces.
+///
+/// # Errors
+/// The value has no JSON.
+pub fn json(value: &impl Serialize) -> Result<String> {
+    let mut bytes = Vec::new();
+    let mut serializer =
+        serde_json::Serializer::with_formatter(&mut bytes, PrettyFormatter::with_indent(b"    "));
+    let written = value.serialize(&mut serializer);
+    written.map_err(|e| Error::io(e.into(), "cannot write JSON"))?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 fn name_of(reference: &Reference) -> String {

@@ -43,6 +43,16 @@ impl MapEntry {
         Self { offset: Some(host.0), file, ..self }
     }
 
+    /// As `qemu-img map --output=json` writes it.
+    pub fn as_json(&self) -> String {
+        let Self { start, length, depth, present, zero, data, compressed, offset, .. } = self;
+        let offset = offset.map(|offset| format!(", \"offset\": {offset}")).unwrap_or_default();
+        format!(
+            "{{ \"start\": {start}, \"length\": {length}, \"depth\": {depth}, \"present\": {present}, \
+             \"zero\": {zero}, \"data\": {data}, \"compressed\": {compressed}{offset}}}"
+        )
+    }
+
     /// Whether `next` goes on in the same way.
     fn continues(&self, next: &Self) -> bool {
         let expected = Self {

@@ -80,19 +80,10 @@ fn print_json(chain: &Chain, start: u64, length: u64) -> Result<()> {
     let nothing = entries.peek().is_none().then_some(Ok(nothing));
     let mut separator = "[";
     for entry in nothing.into_iter().chain(entries) {
-        print(&format!("{separator}{}", line(&entry?)))?;
+        print(&format!("{separator}{}", entry?.as_json()))?;
         separator = ",\n";
     }
     print("]\n")
-}
-
-fn line(entry: &MapEntry) -> String {
-    let MapEntry { start, length, depth, present, zero, data, compressed, offset, .. } = entry;
-    let offset = offset.map(|offset| format!(", \"offset\": {offset}")).unwrap_or_default();
-    format!(
-        "{{ \"start\": {start}, \"length\": {length}, \"depth\": {depth}, \"present\": {present}, \
-         \"zero\": {zero}, \"data\": {data}, \"compressed\": {compressed}{offset}}}"
-    )
 }
 
 fn print_table(chain: &Chain, start: u64, length: u64) -> Result<()> {

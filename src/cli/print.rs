@@ -3,9 +3,9 @@
 use std::io::{self, ErrorKind, Write};
 
 use serde::Serialize;
-use serde_json::ser::PrettyFormatter;
 
 use super::progress;
+use crate::chain::info::json;
 use crate::error::{Error, Result};
 
 /// Writes text to the standard output. A reader that has gone away (`… | head`) has what it wanted.
@@ -49,14 +49,4 @@ pub(super) fn is_coloured() -> bool {
 /// Writes a value as qemu-img writes JSON: indented by four spaces, with a newline at the end.
 pub(super) fn print_json(value: &impl Serialize) -> Result<()> {
     print(&(json(value)? + "\n"))
-}
-
-/// A value as qemu-img writes JSON.
-pub(super) fn json(value: &impl Serialize) -> Result<String> {
-    let mut bytes = Vec::new();
-    let mut serializer =
-        serde_json::Serializer::with_formatter(&mut bytes, PrettyFormatter::with_indent(b"    "));
-    let written = value.serialize(&mut serializer);
-    written.map_err(|e| Error::io(e.into(), "cannot write JSON"))?;
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }

@@ -14,7 +14,7 @@ use fuser::{
 };
 
 use super::control::Writer;
-use super::image::Seek;
+use super::flat::Seek;
 use super::tree::Inode;
 use super::view::{Attributes, Child, Pages, View};
 use crate::error::Error;
@@ -204,12 +204,11 @@ impl Filesystem for Adapter {
     }
 
     fn readdir(&self, _: &Request, ino: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        let children = match self.0.list(inode(ino)) {
+        let children = match self.0.list(inode(ino), offset as usize) {
             Ok(children) => children,
             Err(e) => return reply.error(errno(&e)),
         };
-        for (next, child) in (1..).zip(&children).skip(offset as usize) {
-            let Child { inode, name, is_directory } = *child;
+        for (next, Child { inode, name, is_directory }) in (offset + 1..).zip(children) {
             if reply.add(INodeNo(inode.0), next, file_type(is_directory), name) {
                 break;
             }
@@ -222,13 +221,13 @@ impl Filesystem for Adapter {
         reply.statfs(blocks, 0, 0, 0, 0, BLOCK, 255, BLOCK);
     }
 
-    fn lseek(&self, _: &Request, ino: INodeNo, _: FileHandle, offset: i64, how: i32, reply: ReplyLseek) {
+    fn lseek(&self, _: &Request, ino: INodeNo, handle: FileHandle, offset: i64, how: i32, reply: ReplyLseek) {
         let goal = match how {
             whence::SEEK_DATA => Seek::Data,
             whence::SEEK_HOLE => Seek::Hole,
             _ => return reply.error(Errno::EINVAL),
         };
-        match self.0.seek(inode(ino), u64::try_from(offset).unwrap_or(u64::MAX), goal) {
+        match self.0.seek(inode(ino), handle.0, u64::try_from(offset).unwrap_or(u64::MAX), goal) {
             Ok(Some(found)) => reply.offset(found.cast_signed()),
             Ok(None) => reply.error(Errno::ENXIO),
             Err(e) => reply.error(errno(&e)),

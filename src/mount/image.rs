@@ -1,20 +1,24 @@
-//! A chain as a flat file: read, seek for data and holes, count blocks.
+//! The image that is mounted: its disk, and its parts, as flat files.
 //!
 //! Holds the chain of the moment; readers take a snapshot of it and hold no lock while they do
 //! I/O. Knows nothing of inodes and of rebasing.
 
-use std::sync::atomic::{AtomicBool, Ordering, fence};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock, Weak};
+use std::collections::BTreeSet;
+use std::sync::atomic::{Ordering, fence};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::thread;
 use std::time::Duration;
 
+use super::flat::{Allocated, Flat, Seek};
+use super::parts::{Folder, Part, Parts};
 use crate::chain::{Chain, Watch};
 use crate::error::{Error, ErrorKind, Result};
-use crate::layer::{Detail, ExtentKind, GuestOffset};
 
-/// Who asks for the block count waits so long; a count that takes longer is given with the next
-/// answer.
+/// Who asks for the block count of the disk waits so long.
 const PATIENCE: Duration = Duration::from_secs(2);
+
+/// The same for a part: of them there may be many, and `ls` asks for each.
+const PATIENCE_FOR_PARTS: Duration = Duration::from_millis(200);
 
 /// How long readers of a chain that is gone are waited for when somebody wants to stop.
 const GRACE: Duration = Duration::from_millis(300);
@@ -22,63 +26,54 @@ const GRACE: Duration = Duration::from_millis(300);
 /// The guest-visible bytes of a chain that can be exchanged for another with the same bytes.
 #[derive(Debug)]
 pub(super) struct Image {
-    current: RwLock<Arc<Snapshot>>,
+    current: RwLock<Arc<Moment>>,
     /// What was current before, as long as somebody reads from it.
-    past: Mutex<Vec<Weak<Snapshot>>>,
+    past: Mutex<Vec<Weak<Moment>>>,
 }
 
-/// How many bytes of the disk are data.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Allocated {
-    Exactly(u64),
-    /// Still being counted, or it could not be: no more than this.
-    AtMost(u64),
-}
-
+/// What is read from until the chain is replaced.
 #[derive(Debug)]
-struct Snapshot {
-    chain: Chain,
+struct Moment {
+    /// How many there were before it.
+    number: u32,
+    disk: Arc<Flat>,
+    parts: Parts,
     /// What the backing files were when the chain was taken.
     watch: Arc<Watch>,
-    count: Mutex<Count>,
-    counted: Condvar,
-    /// Nobody wants its block count any more; it shall not keep files open for that.
-    is_replaced: AtomicBool,
 }
 
-#[derive(Clone, Copy, Debug)]
-enum Count {
-    NotAsked,
-    UnderWay,
-    Known(Allocated),
-}
-
-/// What a seek looks for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Seek {
-    Data,
-    Hole,
+/// A part of the image as it is at one moment, which does not pass for who waits for its readers.
+pub(super) struct View {
+    moment: Arc<Moment>,
+    flat: Arc<Flat>,
 }
 
 impl Image {
     pub(super) fn new(chain: Chain) -> Self {
-        Self { current: RwLock::new(Arc::new(Snapshot::new(chain))), past: Mutex::default() }
+        let first = Moment::new(0, chain, Arc::default());
+        Self { current: RwLock::new(Arc::new(first)), past: Mutex::default() }
     }
 
     /// The chain of the moment.
     pub(super) fn chain(&self) -> Chain {
-        self.snapshot().chain.clone()
+        self.moment().disk.chain().clone()
+    }
+
+    /// What `look` makes of the chain of the moment, which is counted among its readers meanwhile.
+    pub(super) fn with_chain<T>(&self, look: impl FnOnce(&Chain) -> T) -> T {
+        look(self.moment().disk.chain())
     }
 
     /// Lets all who read from now on read from `chain`.
     pub(super) fn replace(&self, chain: Chain) {
-        let next = Arc::new(Snapshot::new(chain));
         let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
-        let previous = std::mem::replace(&mut *current, next);
+        let next = Moment::new(current.number + 1, chain, current.parts.viewed());
+        let previous = std::mem::replace(&mut *current, Arc::new(next));
         drop(current);
-        previous.is_replaced.store(true, Ordering::Relaxed);
+        previous.disk.stop_counting();
+        previous.parts.stop_counting();
         let mut past = self.past.lock().unwrap_or_else(PoisonError::into_inner);
-        past.retain(|snapshot| snapshot.strong_count() > 0);
+        past.retain(|moment| moment.strong_count() > 0);
         past.push(Arc::downgrade(&previous));
         drop(past);
         // Closes the files of the old chain, if nobody reads it any more; not under a lock.
@@ -107,144 +102,101 @@ impl Image {
 
     fn has_readers_of_the_past(&self) -> bool {
         let past = self.past.lock().unwrap_or_else(PoisonError::into_inner);
-        past.iter().any(|snapshot| snapshot.strong_count() > 0)
+        past.iter().any(|moment| moment.strong_count() > 0)
     }
 
     /// What the backing files of the moment were when the chain was taken.
     pub(super) fn watch(&self) -> Arc<Watch> {
-        self.snapshot().watch.clone()
+        self.moment().watch.clone()
     }
 
     /// Virtual size in bytes.
     pub(super) fn size(&self) -> u64 {
-        self.snapshot().chain.virtual_size()
+        self.moment().disk.size()
     }
 
     /// Fills `buffer` from `offset` as far as the disk reaches; returns how many bytes that were.
     pub(super) fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<usize> {
-        let snapshot = self.snapshot();
-        let left = snapshot.chain.virtual_size().saturating_sub(offset);
-        let length = left.min(buffer.len() as u64) as usize;
-        snapshot.chain.read_at(GuestOffset(offset), &mut buffer[..length])?;
-        Ok(length)
+        self.moment().disk.read(offset, buffer)
     }
 
-    /// The first offset at or after `offset` that holds what is looked for; the end of the disk
-    /// counts as a hole. `None` beyond the end, and where no data follows.
+    /// The next data or hole of the disk; see [`Flat::seek`].
     pub(super) fn seek(&self, offset: u64, goal: Seek) -> Result<Option<u64>> {
-        let snapshot = self.snapshot();
-        let size = snapshot.chain.virtual_size();
-        if offset >= size {
-            return Ok(None);
-        }
-        for run in snapshot.runs(offset) {
-            let run = run?;
-            if run.is_data == (goal == Seek::Data) {
-                return Ok(Some(run.start));
-            }
-        }
-        Ok((goal == Seek::Hole).then_some(size))
+        self.moment().disk.seek(offset, goal)
     }
 
-    /// How many bytes are data: counted once for a chain, in the background.
+    /// How many bytes of the disk are data: counted once for a chain, in the background.
     pub(super) fn allocated(&self) -> Allocated {
-        let snapshot = self.snapshot();
-        snapshot.start_counting();
-        snapshot.wait_for_count()
+        let moment = self.moment();
+        moment.disk.allocated(moment.clone(), PATIENCE)
     }
 
-    fn snapshot(&self) -> Arc<Snapshot> {
+    /// Another number for each chain that there was.
+    pub(super) fn number(&self) -> u32 {
+        self.moment().number
+    }
+
+    /// A part of the image as it is now.
+    pub(super) fn part(&self, part: Part) -> Result<View> {
+        let moment = self.moment();
+        let flat = moment.parts.open(moment.disk.chain(), part)?;
+        Ok(View { moment, flat })
+    }
+
+    /// The part of this name, if there is one.
+    pub(super) fn part_named(&self, folder: Folder, name: &str) -> Result<Option<Part>> {
+        let moment = self.moment();
+        moment.parts.named(moment.disk.chain(), folder, name)
+    }
+
+    /// So many parts of a kind with their names, without those that come first.
+    pub(super) fn parts(&self, folder: Folder, skip: usize, take: usize) -> Result<Vec<(String, Part)>> {
+        let moment = self.moment();
+        moment.parts.list(moment.disk.chain(), folder, skip, take)
+    }
+
+    /// The snapshots and partitions that somebody has looked at since the mount began.
+    pub(super) fn viewed(&self) -> BTreeSet<Part> {
+        self.moment().parts.viewed().lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn moment(&self) -> Arc<Moment> {
         self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
-/// A run of bytes that are all data or all hole.
-struct Run {
-    start: u64,
-    length: u64,
-    is_data: bool,
+impl Moment {
+    fn new(number: u32, chain: Chain, viewed: Arc<Mutex<BTreeSet<Part>>>) -> Self {
+        let watch = Arc::new(Watch::new(&chain.below(0)));
+        Self { number, disk: Arc::new(Flat::whole(chain)), parts: Parts::new(viewed), watch }
+    }
 }
 
-impl Snapshot {
-    fn new(chain: Chain) -> Self {
-        Self {
-            watch: Arc::new(Watch::new(&chain.below(0))),
-            chain,
-            count: Mutex::new(Count::NotAsked),
-            counted: Condvar::new(),
-            is_replaced: AtomicBool::new(false),
-        }
+impl View {
+    /// The part, to be read from also when the chain is another one: a layer, whose files nobody
+    /// writes to.
+    pub(super) fn for_ever(self) -> Arc<Flat> {
+        self.flat
     }
 
-    /// The runs from `offset` to the end; neighbours may be alike. Ends after an error.
-    fn runs(&self, offset: u64) -> impl Iterator<Item = Result<Run>> {
-        let size = self.chain.virtual_size();
-        let mut next = offset;
-        std::iter::from_fn(move || {
-            if next >= size {
-                return None;
-            }
-            let start = next;
-            let run = self.chain.extent_at(GuestOffset(start), size - start, Detail::Holes).map(|owned| {
-                let is_data = matches!(owned.extent.kind, ExtentKind::Data(_) | ExtentKind::Compressed(_));
-                Run { start, length: owned.extent.length, is_data }
-            });
-            next = run.as_ref().map_or(size, |run| start + run.length);
-            Some(run)
-        })
+    pub(super) fn allocated(&self) -> Allocated {
+        self.flat.allocated(self.moment.clone(), PATIENCE_FOR_PARTS)
     }
+}
 
-    fn start_counting(self: &Arc<Self>) {
-        let mut count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
-        if !matches!(*count, Count::NotAsked) {
-            return;
-        }
-        let snapshot = self.clone();
-        let counter = move || snapshot.finish_counting(snapshot.count_data());
-        match thread::Builder::new().name("block count".into()).spawn(counter) {
-            Ok(_) => *count = Count::UnderWay,
-            Err(e) => log::warn!("cannot start a thread to count blocks: {e}"),
-        }
-    }
+impl std::ops::Deref for View {
+    type Target = Flat;
 
-    fn count_data(&self) -> Allocated {
-        let mut bytes = 0;
-        for run in self.runs(0) {
-            match run {
-                _ if self.is_replaced.load(Ordering::Relaxed) => return self.upper_bound(),
-                Ok(run) => bytes += if run.is_data { run.length } else { 0 },
-                Err(e) => {
-                    log::error!("cannot count the blocks of the disk: {e}");
-                    return self.upper_bound();
-                }
-            }
-        }
-        Allocated::Exactly(bytes)
-    }
-
-    fn finish_counting(&self, allocated: Allocated) {
-        *self.count.lock().unwrap_or_else(PoisonError::into_inner) = Count::Known(allocated);
-        self.counted.notify_all();
-    }
-
-    fn wait_for_count(&self) -> Allocated {
-        let count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
-        let waited =
-            self.counted.wait_timeout_while(count, PATIENCE, |count| matches!(count, Count::UnderWay));
-        match *waited.unwrap_or_else(PoisonError::into_inner).0 {
-            Count::Known(allocated) => allocated,
-            Count::NotAsked | Count::UnderWay => self.upper_bound(),
-        }
-    }
-
-    fn upper_bound(&self) -> Allocated {
-        Allocated::AtMost(self.chain.virtual_size())
+    fn deref(&self) -> &Flat {
+        &self.flat
     }
 }
 
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::FileExt;
+
+    use std::sync::atomic::AtomicBool;
 
     use super::*;
     use crate::chain::Opener;
@@ -272,17 +224,6 @@ mod tests {
     }
 
     #[test]
-    fn seeks_find_data_and_holes_and_the_hole_at_the_end() {
-        let (_dir, image) = image();
-        assert_eq!(image.seek(5, Seek::Data).unwrap(), Some(256 << 10));
-        assert_eq!(image.seek(5, Seek::Hole).unwrap(), Some(5));
-        assert_eq!(image.seek(300 << 10, Seek::Data).unwrap(), Some(300 << 10));
-        assert_eq!(image.seek(300 << 10, Seek::Hole).unwrap(), Some(512 << 10));
-        assert_eq!(image.seek(512 << 10, Seek::Data).unwrap(), None);
-        assert_eq!(image.seek(1 << 20, Seek::Hole).unwrap(), None);
-    }
-
-    #[test]
     fn blocks_are_those_of_the_data() {
         let (_dir, image) = image();
         assert_eq!(image.allocated(), Allocated::Exactly(256 << 10));
@@ -293,12 +234,12 @@ mod tests {
     #[test]
     fn a_chain_is_superseded_when_its_last_reader_has_gone() {
         let (_dir, image) = image();
-        let reader = image.snapshot();
+        let reader = image.moment();
         let error = image.supersede(Chain::default(), || true).unwrap_err();
         assert!(error.to_string().contains("still reads"), "{error}");
         drop(reader);
         // One who reads from what was replaced already is waited for, too.
-        let reader = image.snapshot();
+        let reader = image.moment();
         image.replace(Chain::default());
         let has_gone = AtomicBool::new(false);
         thread::scope(|scope| {

@@ -2,15 +2,19 @@
 //! into the chain and to change it.
 //!
 //! [`Mount`] says what to mount where; [`Mount::start`] makes it, [`Mounted::serve`] lives with
-//! it; [`unmount()`] takes it down from another process. `adapter` is all that knows FUSE requests; `view` is the file system without them, made of
-//! `tree` (names), `image` (a chain as a flat file) and `control` (commands and jobs).
+//! it; [`unmount()`] takes it down from another process. `adapter` is all that knows FUSE requests;
+//! `view` is the file system without them, made of `tree` (inodes and names), `image` (the chain of the
+//! moment, as flat files: `flat`; its layers and snapshots: `parts`) and `control` (commands and jobs).
 
 mod adapter;
 mod control;
+mod flat;
 mod image;
 mod options;
+mod parts;
 mod point;
 mod session;
+mod snapshots;
 mod tree;
 mod unmount;
 mod view;
@@ -65,8 +69,8 @@ impl Mount {
         let ownership = ownership(&image)?;
         let disk = Arc::new(Image::new(chain));
         let control = Arc::new(Control::new(disk.clone(), read_only));
-        let view = View::new(disk, control.clone(), ownership);
-        session::mount(view, control, self.opener.renewed(), mountpoint, &config).map(Mounted)
+        let view = View::new(disk.clone(), control.clone(), ownership);
+        session::mount(view, disk, control, self.opener.renewed(), mountpoint, &config).map(Mounted)
     }
 }
 

@@ -14,7 +14,8 @@ use fuser::{Config, INodeNo, Notifier, Session, SessionUnmounter};
 
 use super::adapter::Adapter;
 use super::control::{Bytes, Control};
-use super::tree::Inode;
+use super::image::Image;
+use super::tree::{Inode, Node};
 use super::view::View;
 use crate::chain::Opener;
 use crate::error::{Error, ErrorKind, Result};
@@ -48,6 +49,7 @@ pub(super) struct Mounted {
 /// Mounts `view` on the real path `mountpoint` and lets it be used.
 pub(super) fn mount(
     view: View,
+    image: Arc<Image>,
     control: Arc<Control>,
     opener: Opener,
     mountpoint: PathBuf,
@@ -69,7 +71,7 @@ pub(super) fn mount(
     let device = std::fs::metadata(&mountpoint)
         .map_err(|e| Error::io(e, "cannot stat the mount").path(&mountpoint))?;
     read_ahead(device.dev());
-    control.start(opener.forbid_device(device.dev()), move |bytes| forget(&notifier, bytes));
+    control.start(opener.forbid_device(device.dev()), move |bytes| forget(&notifier, &image, bytes));
     Ok(Mounted { mountpoint, control, unmounter, ends })
 }
 
@@ -124,17 +126,21 @@ fn start(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
     thread.map(drop).map_err(|e| Error::io(e, "cannot start a thread"))
 }
 
-/// Where the holes of the disk are can change whenever it has another chain; the kernel drops the
-/// data too if they are others. Not to be called by a thread that serves: the kernel waits for
-/// pages that are being read.
-fn forget(notifier: &Notifier, bytes: Bytes) {
+/// Where the holes of the disk and of its parts are can change whenever it has another chain; the
+/// kernel drops the data too if they are others. Layers have another inode each time. Not to be called
+/// by a thread that serves: the kernel waits for pages that are being read.
+fn forget(notifier: &Notifier, image: &Image, bytes: Bytes) {
     let (attributes_only, from_the_beginning, to_the_end) = (-1, 0, 0);
     let offset = match bytes {
         Bytes::Same => attributes_only,
         Bytes::Others => from_the_beginning,
     };
-    if let Err(e) = notifier.inval_inode(INodeNo(Inode::DISK.0), offset, to_the_end) {
-        log::debug!("the kernel does not know disk.raw: {e}");
+    let no_incarnation = 0;
+    let parts = image.viewed().into_iter().map(|part| Node::Part(part).inode(no_incarnation));
+    for inode in std::iter::once(Inode::DISK).chain(parts) {
+        if let Err(e) = notifier.inval_inode(INodeNo(inode.0), offset, to_the_end) {
+            log::debug!("the kernel does not know inode {:#x}: {e}", inode.0);
+        }
     }
 }
 

@@ -1,23 +1,33 @@
-//! The names in the mounted tree: inode ↔ name ↔ node. A table, known in full when the mount
-//! begins; knows nothing of what the files hold.
+//! The names in the mounted tree: inode ↔ node, and the names of what is always there. Knows neither
+//! what the files hold nor how parts of an image are named.
 
-use std::ffi::{OsStr, OsString};
+use super::parts::{Folder, Part};
 
 /// The number by which the kernel names a node.
 ///
-/// The low half is the place in the table. The high half is the *incarnation* of a control file:
-/// a writer that waits for its rebase holds the kernel's lock on the inode, and the next who
-/// opens the file shall not queue up behind it, but be told at once that it is busy.
+/// The low half says which node it is: a kind, and a number among its kind. The high half is its
+/// *incarnation*. Of a control file: a writer that waits for its rebase holds the kernel's lock on
+/// the inode, and the next who opens the file shall not queue up behind it, but be told at once that
+/// it is busy. Of a layer: after a rebase there are other bytes behind the same name, and whoever has
+/// the file open goes on reading what it opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Inode(pub(super) u64);
 
 /// What stands behind an inode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Node {
-    Directory,
-    /// The guest-visible bytes.
+    Directory(Directory),
+    /// The guest-visible bytes. Layer 0 and those below it show the same: the file has two names.
     Disk,
     Control(ControlFile),
+    Part(Part),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Directory {
+    Root,
+    Control,
+    Parts(Folder),
 }
 
 /// The files in `ctl/`.
@@ -26,6 +36,8 @@ pub(super) enum ControlFile {
     Backing,
     Cancel,
     Chain,
+    Info,
+    Map,
     Rebase,
     Status,
 }
@@ -40,89 +52,79 @@ impl ControlFile {
     }
 }
 
-#[derive(Debug)]
-struct Entry {
-    parent: u32,
-    name: OsString,
-    node: Node,
+/// What is always in the root.
+const ROOT: [(&str, Node); 4] = [
+    ("disk.raw", Node::Disk),
+    ("ctl", Node::Directory(Directory::Control)),
+    ("layers", Node::Directory(Directory::Parts(Folder::Layers))),
+    ("snapshots", Node::Directory(Directory::Parts(Folder::Snapshots))),
+];
+
+/// What is in `ctl/`.
+const CONTROL: [(&str, Node); 7] = [
+    ("backing", Node::Control(ControlFile::Backing)),
+    ("cancel", Node::Control(ControlFile::Cancel)),
+    ("chain", Node::Control(ControlFile::Chain)),
+    ("info", Node::Control(ControlFile::Info)),
+    ("map", Node::Control(ControlFile::Map)),
+    ("rebase", Node::Control(ControlFile::Rebase)),
+    ("status", Node::Control(ControlFile::Status)),
+];
+
+impl Directory {
+    /// The names in it that are always there.
+    pub(super) fn names(self) -> &'static [(&'static str, Node)] {
+        match self {
+            Self::Root => &ROOT,
+            Self::Control => &CONTROL,
+            Self::Parts(_) => &[],
+        }
+    }
 }
 
-/// The table of names.
-#[derive(Debug)]
-pub(super) struct Tree {
-    /// The entry at index n has inode n + 1, so that the root is 1, as FUSE demands.
-    entries: Vec<Entry>,
-}
+/// Bits of the number among its kind; the kind lies above them.
+const NUMBER_BITS: u32 = 24;
 
 impl Inode {
     pub(super) const ROOT: Self = Self(1);
     pub(super) const DISK: Self = Self(2);
 
-    fn new(index: u32, incarnation: u32) -> Self {
-        Self(u64::from(incarnation) << 32 | u64::from(index + 1))
+    /// What stands behind it, in any incarnation.
+    pub(super) fn node(self) -> Option<Node> {
+        let low = self.0 as u32;
+        let (kind, number) = (low >> NUMBER_BITS, low & ((1 << NUMBER_BITS) - 1));
+        match (kind, number) {
+            (0, 1) => Some(Node::Directory(Directory::Root)),
+            (0, n) => ROOT.get((n as usize).checked_sub(2)?).map(|(_, node)| *node),
+            (1, n) => CONTROL.get(n as usize).map(|(_, node)| *node),
+            (2, 0) => None,
+            (2, n) => Some(Node::Part(Part::Layer(n))),
+            (3, n) => Some(Node::Part(Part::Snapshot(n))),
+            _ => None,
+        }
     }
 
-    /// Index in the table; beyond its end for what is no inode at all.
-    fn index(self) -> usize {
-        (self.0 as u32).wrapping_sub(1) as usize
+    pub(super) fn incarnation(self) -> u32 {
+        (self.0 >> 32) as u32
     }
 }
 
-impl Tree {
-    pub(super) fn new() -> Self {
-        let mut tree = Self { entries: Vec::new() };
-        let root = tree.add(0, "/", Node::Directory);
-        tree.add(root, "disk.raw", Node::Disk);
-        let control = tree.add(root, "ctl", Node::Directory);
-        for (name, file) in [
-            ("backing", ControlFile::Backing),
-            ("cancel", ControlFile::Cancel),
-            ("chain", ControlFile::Chain),
-            ("rebase", ControlFile::Rebase),
-            ("status", ControlFile::Status),
-        ] {
-            tree.add(control, name, Node::Control(file));
-        }
-        tree
-    }
-
-    fn add(&mut self, parent: u32, name: &str, node: Node) -> u32 {
-        self.entries.push(Entry { parent, name: name.into(), node });
-        self.entries.len() as u32 - 1
-    }
-
-    /// What stands behind `inode`, in any incarnation.
-    pub(super) fn node(&self, inode: Inode) -> Option<Node> {
-        self.entries.get(inode.index()).map(|entry| entry.node)
-    }
-
-    /// The child of a directory; a control file in the incarnation given.
-    pub(super) fn child(&self, parent: Inode, name: &OsStr, incarnation: u32) -> Option<Inode> {
-        let (index, entry) = self.within(parent).find(|(_, entry)| entry.name == name)?;
-        let incarnation = if matches!(entry.node, Node::Control(_)) { incarnation } else { 0 };
-        Some(Inode::new(index, incarnation))
-    }
-
-    /// The children of a directory.
-    pub(super) fn children(&self, parent: Inode) -> impl Iterator<Item = (Inode, &OsStr)> {
-        self.within(parent).map(|(index, entry)| (Inode::new(index, 0), entry.name.as_os_str()))
-    }
-
-    /// The directory that holds `inode`; the root holds itself.
-    pub(super) fn parent(&self, inode: Inode) -> Inode {
-        let entry = self.entries.get(inode.index());
-        entry.map_or(Inode::ROOT, |entry| Inode::new(entry.parent, 0))
-    }
-
-    /// How many directories lie in a directory.
-    pub(super) fn subdirectories(&self, parent: Inode) -> u32 {
-        self.within(parent).filter(|(_, entry)| entry.node == Node::Directory).count() as u32
-    }
-
-    fn within(&self, parent: Inode) -> impl Iterator<Item = (u32, &Entry)> {
-        let root_is_in_itself = 1;
-        let numbered = (0..).zip(&self.entries).skip(root_is_in_itself);
-        numbered.filter(move |(_, entry)| entry.parent as usize == parent.index())
+impl Node {
+    /// Its inode, in the incarnation given if it has several.
+    pub(super) fn inode(self, incarnation: u32) -> Inode {
+        let place = |table: &[(&str, Self)]| table.iter().position(|(_, node)| *node == self);
+        // All that are not found are in a table.
+        let always = || place(&ROOT).map_or(1, |place| place as u32 + 2);
+        let (kind, number) = match self {
+            Self::Directory(_) | Self::Disk => (0, always()),
+            Self::Part(Part::Layer(0)) => return Inode::DISK,
+            Self::Control(_) => (1, place(&CONTROL).unwrap_or_default() as u32),
+            Self::Part(Part::Layer(n)) => (2, n),
+            Self::Part(Part::Snapshot(n)) => (3, n),
+        };
+        let has_incarnations = matches!(self, Self::Control(_) | Self::Part(Part::Layer(_)));
+        let high = u64::from(if has_incarnations { incarnation } else { 0 });
+        Inode(high << 32 | u64::from(kind << NUMBER_BITS | number))
     }
 }
 
@@ -131,26 +133,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_name_leads_to_its_node_and_back() {
-        let tree = Tree::new();
-        let names: Vec<_> = tree.children(Inode::ROOT).map(|(_, name)| name.to_owned()).collect();
-        assert_eq!(names, ["disk.raw", "ctl"]);
-        assert_eq!(tree.node(Inode::DISK), Some(Node::Disk));
-        let control = tree.child(Inode::ROOT, "ctl".as_ref(), 7).unwrap();
-        assert_eq!(tree.parent(control), Inode::ROOT);
-        let backing = tree.child(control, "backing".as_ref(), 7).unwrap();
-        assert_eq!(tree.node(backing), Some(Node::Control(ControlFile::Backing)));
-        assert_eq!(tree.parent(backing), control);
-        assert_ne!(tree.child(control, "backing".as_ref(), 8), Some(backing));
-        assert_eq!(tree.child(control, "missing".as_ref(), 0), None);
-        assert_eq!((tree.subdirectories(Inode::ROOT), tree.subdirectories(control)), (1, 0));
+    fn every_node_has_an_inode_and_leads_back() {
+        let parts = [Part::Layer(1), Part::Layer(4096), Part::Snapshot(0), Part::Snapshot(65535)];
+        let nodes = ROOT.iter().chain(&CONTROL).map(|(_, node)| *node).chain(parts.map(Node::Part));
+        let nodes = [Node::Directory(Directory::Root)].into_iter().chain(nodes);
+        let mut seen = Vec::new();
+        for node in nodes {
+            let inode = node.inode(7);
+            assert_eq!(inode.node(), Some(node));
+            assert!(!seen.contains(&inode) && [0, 7].contains(&inode.incarnation()));
+            seen.push(inode);
+        }
+        assert_eq!(Node::Directory(Directory::Root).inode(9), Inode::ROOT);
+        assert_eq!((Node::Disk.inode(9), Node::Part(Part::Layer(0)).inode(9)), (Inode::DISK, Inode::DISK));
+        let backing = Node::Control(ControlFile::Backing);
+        assert_ne!(backing.inode(7), backing.inode(8));
+        assert_ne!(Node::Part(Part::Layer(1)).inode(7), Node::Part(Part::Layer(1)).inode(8));
+        assert_eq!(Node::Part(Part::Snapshot(1)).inode(7), Node::Part(Part::Snapshot(1)).inode(8));
     }
 
     #[test]
     fn what_is_no_inode_leads_nowhere() {
-        let tree = Tree::new();
-        assert_eq!(tree.node(Inode(0)), None);
-        assert_eq!(tree.node(Inode(u64::MAX)), None);
-        assert_eq!(tree.children(Inode(2)).count(), 0);
+        for number in [0, 99, 1 << NUMBER_BITS | 99, 2 << NUMBER_BITS, u64::MAX, 1 << 31] {
+            assert_eq!(Inode(number).node(), None, "{number:#x}");
+        }
     }
 }

@@ -1,6 +1,5 @@
-//! The mounted view without FUSE: what each file operation does, in terms of [`Tree`], [`Image`]
-//! and [`Control`]. Owns the table of open control files. All that the adapter does is to call
-//! this.
+//! The mounted view without FUSE: what each file operation does, in terms of [`Node`], [`Image`]
+//! and [`Control`]. Owns the table of open files. All that the adapter does is to call this.
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -9,8 +8,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use super::control::{Answer, Control, Opened, Writer};
-use super::image::{Allocated, Image, Seek};
-use super::tree::{ControlFile, Inode, Node, Tree};
+use super::flat::{Allocated, Flat, Seek};
+use super::image::Image;
+use super::parts::Part;
+use super::tree::{ControlFile, Directory, Inode, Node};
 use crate::error::{Error, ErrorKind, Result};
 
 /// How long the kernel may go on believing what does not change, or of which it will be told.
@@ -56,28 +57,38 @@ pub(super) enum Pages {
 }
 
 /// A directory entry.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Child<'a> {
+#[derive(Clone, Debug)]
+pub(super) struct Child {
     pub(super) inode: Inode,
-    pub(super) name: &'a OsStr,
+    pub(super) name: String,
     pub(super) is_directory: bool,
+}
+
+/// So many directory entries are given at once.
+const ENTRIES: usize = 512;
+
+/// What is behind a handle.
+#[derive(Clone)]
+enum Open {
+    Control(Arc<Mutex<Opened>>),
+    /// A layer, and its inode.
+    Layer(Inode, Arc<Flat>),
 }
 
 /// The mounted view.
 pub(super) struct View {
-    tree: Tree,
     image: Arc<Image>,
     control: Arc<Control>,
     ownership: Ownership,
-    /// The open control files by handle. The disk needs no handle and has 0.
-    open: Mutex<HashMap<u64, Arc<Mutex<Opened>>>>,
+    /// The open files by handle. The disk and what changes with it needs none and has 0.
+    open: Mutex<HashMap<u64, Open>>,
     next_handle: AtomicU64,
 }
 
 impl View {
     pub(super) fn new(image: Arc<Image>, control: Arc<Control>, ownership: Ownership) -> Self {
         let (open, next_handle) = (Mutex::default(), AtomicU64::new(1));
-        Self { tree: Tree::new(), image, control, ownership, open, next_handle }
+        Self { image, control, ownership, open, next_handle }
     }
 
     pub(super) fn ownership(&self) -> Ownership {
@@ -90,47 +101,62 @@ impl View {
     }
 
     pub(super) fn lookup(&self, parent: Inode, name: &OsStr) -> Result<Attributes> {
-        let child = self.tree.child(parent, name, self.control.incarnation());
-        self.attributes(child.ok_or_else(no_such_file)?)
+        // All names are UTF-8.
+        let name = name.to_str().ok_or_else(no_such_file)?;
+        let directory = directory(parent)?;
+        let always = directory.names().iter().find(|(other, _)| *other == name);
+        let found = match (always, directory) {
+            (Some((_, node)), _) => Some(*node),
+            (None, Directory::Parts(folder)) => {
+                let part = self.image.part_named(folder, name).map_err(|e| data_error(&e))?;
+                part.map(Node::Part)
+            }
+            (None, _) => None,
+        };
+        self.attributes(self.inode(found.ok_or_else(no_such_file)?))
     }
 
-    pub(super) fn attributes(&self, inode: Inode) -> Result<Attributes> {
-        let node = self.tree.node(inode).ok_or_else(no_such_file)?;
-        Ok(match node {
-            Node::Directory => self.attributes_of_directory(inode),
-            Node::Disk => self.attributes_of_disk(inode),
-            Node::Control(file) => self.attributes_of_control(inode, file),
+    /// The inode of a node as it is now.
+    fn inode(&self, node: Node) -> Inode {
+        node.inode(match node {
+            Node::Part(_) => self.image.number(),
+            _ => self.control.incarnation(),
         })
     }
 
-    fn attributes_of_directory(&self, inode: Inode) -> Attributes {
-        Attributes {
-            inode,
-            is_directory: true,
-            size: 0,
-            blocks: 0,
-            permissions: 0o555,
-            links: 2 + self.tree.subdirectories(inode),
-            valid: FOREVER,
-            name_valid: FOREVER,
+    pub(super) fn attributes(&self, inode: Inode) -> Result<Attributes> {
+        match inode.node().ok_or_else(no_such_file)? {
+            Node::Directory(_) => Ok(attributes_of_directory(inode)),
+            Node::Disk => Ok(self.attributes_of_disk(inode)),
+            Node::Control(file) => Ok(self.attributes_of_control(inode, file)),
+            Node::Part(part) => self.attributes_of_part(inode, part),
         }
     }
 
     fn attributes_of_disk(&self, inode: Inode) -> Attributes {
-        let (bytes, valid) = match self.image.allocated() {
-            Allocated::Exactly(bytes) => (bytes, FOREVER),
-            Allocated::AtMost(bytes) => (bytes, Duration::ZERO),
-        };
-        Attributes {
-            inode,
-            is_directory: false,
-            size: self.image.size(),
-            blocks: bytes.div_ceil(512),
-            permissions: 0o444,
-            links: 1,
-            valid,
-            name_valid: FOREVER,
+        let layer_0_is_the_same_file = 2;
+        let shown = attributes_of_data(inode, self.image.size(), self.image.allocated());
+        Attributes { links: layer_0_is_the_same_file, name_valid: FOREVER, ..shown }
+    }
+
+    fn attributes_of_part(&self, inode: Inode, part: Part) -> Result<Attributes> {
+        if let Some(past) = self.past_layer(inode, part) {
+            return Ok(attributes_of_data(inode, past.size(), Allocated::AtMost(past.size())));
         }
+        let view = self.image.part(part).map_err(|e| data_error(&e))?;
+        Ok(attributes_of_data(inode, view.size(), view.allocated()))
+    }
+
+    /// A layer of a chain that was replaced, if somebody has it open.
+    fn past_layer(&self, inode: Inode, part: Part) -> Option<Arc<Flat>> {
+        if !matches!(part, Part::Layer(_)) || inode.incarnation() == self.image.number() {
+            return None;
+        }
+        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        open.values().find_map(|open| match open {
+            Open::Layer(its_inode, flat) if *its_inode == inode => Some(flat.clone()),
+            _ => None,
+        })
     }
 
     fn attributes_of_control(&self, inode: Inode, file: ControlFile) -> Attributes {
@@ -156,35 +182,50 @@ impl View {
         }
     }
 
-    /// What lies in a directory: itself, its parent, its children.
-    pub(super) fn list(&self, inode: Inode) -> Result<Vec<Child<'_>>> {
-        match self.tree.node(inode) {
-            Some(Node::Directory) => {}
-            Some(_) => return Err(Error::invalid("not a directory")),
-            None => return Err(no_such_file()),
-        }
-        let dots = [(inode, OsStr::new(".")), (self.tree.parent(inode), OsStr::new(".."))];
-        let all = dots.into_iter().chain(self.tree.children(inode));
-        let child = |(inode, name)| {
-            let is_directory = self.tree.node(inode) == Some(Node::Directory);
-            Child { inode, name, is_directory }
+    /// Some of what lies in a directory, itself and its parent included, without those that come
+    /// first; nothing, when there is nothing left.
+    pub(super) fn list(&self, inode: Inode, skip: usize) -> Result<Vec<Child>> {
+        let directory = directory(inode)?;
+        let dots = [(".", inode), ("..", Inode::ROOT)];
+        let dots = dots.map(|(name, inode)| Child { inode, name: name.to_owned(), is_directory: true });
+        let child = |(name, node): (String, Node)| Child {
+            inode: self.inode(node),
+            name,
+            is_directory: matches!(node, Node::Directory(_)),
         };
-        Ok(all.map(child).collect())
+        let always = directory.names().iter().map(|(name, node)| child(((*name).to_owned(), *node)));
+        let always: Vec<Child> = dots.into_iter().chain(always).collect();
+        let parts = match directory {
+            Directory::Parts(folder) => {
+                let skip = skip.saturating_sub(always.len());
+                self.image.parts(folder, skip, ENTRIES).map_err(|e| data_error(&e))?
+            }
+            _ => Vec::new(),
+        };
+        let parts = parts.into_iter().map(|(name, part)| child((name, Node::Part(part))));
+        Ok(always.into_iter().skip(skip).chain(parts).collect())
     }
 
     /// Opens a file; the handle is for the calls that follow.
     pub(super) fn open(&self, inode: Inode) -> Result<(u64, Pages)> {
-        match self.tree.node(inode) {
-            None => Err(no_such_file()),
-            Some(Node::Directory) => Err(Error::new(ErrorKind::IsDirectory, "a directory")),
-            Some(Node::Disk) => Ok((0, Pages::Kept)),
-            Some(Node::Control(file)) => {
-                let handle = self.next_handle.fetch_add(1, Ordering::Relaxed);
-                let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-                open.insert(handle, Arc::new(Mutex::new(Opened::new(file))));
-                Ok((handle, Pages::None))
+        let (open, pages) = match inode.node().ok_or_else(no_such_file)? {
+            Node::Directory(_) => return Err(Error::new(ErrorKind::IsDirectory, "a directory")),
+            Node::Disk | Node::Part(Part::Snapshot(_)) => return Ok((0, Pages::Kept)),
+            Node::Control(file) => (Open::Control(Arc::new(Mutex::new(Opened::new(file)))), Pages::None),
+            Node::Part(part @ Part::Layer(_)) => {
+                let flat = match self.past_layer(inode, part) {
+                    Some(past) => past,
+                    None if inode.incarnation() == self.image.number() => {
+                        self.image.part(part).map_err(|e| data_error(&e))?.for_ever()
+                    }
+                    None => return Err(no_such_file()),
+                };
+                (Open::Layer(inode, flat), Pages::Kept)
             }
-        }
+        };
+        let handle = self.next_handle.fetch_add(1, Ordering::Relaxed);
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).insert(handle, open);
+        Ok((handle, pages))
     }
 
     pub(super) fn release(&self, handle: u64) {
@@ -193,17 +234,25 @@ impl View {
 
     /// Fills `buffer` from `offset` on; returns how much there was.
     pub(super) fn read(&self, inode: Inode, handle: u64, offset: u64, buffer: &mut [u8]) -> Result<usize> {
-        if self.tree.node(inode) == Some(Node::Disk) {
+        if inode == Inode::DISK {
             return self.image.read(offset, buffer).map_err(|e| data_error(&e));
         }
-        let opened = self.opened(handle)?;
-        let mut opened = opened.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok(self.control.read(&mut opened, offset, buffer))
+        if let Some(Node::Part(part @ Part::Snapshot(_))) = inode.node() {
+            let read = self.image.part(part).and_then(|view| view.read(offset, buffer));
+            return read.map_err(|e| data_error(&e));
+        }
+        match self.opened(handle)? {
+            Open::Layer(_, flat) => flat.read(offset, buffer).map_err(|e| data_error(&e)),
+            Open::Control(opened) => {
+                let mut opened = opened.lock().unwrap_or_else(PoisonError::into_inner);
+                self.control.read(&mut opened, offset, buffer).inspect_err(|e| log::error!("{e}"))
+            }
+        }
     }
 
     /// Takes what was written to a control file. A rebase that it starts answers when it ends.
     pub(super) fn write(&self, handle: u64, bytes: &[u8], writer: Writer, answer: Answer) {
-        match self.opened(handle) {
+        match self.opened_control(handle) {
             Err(e) => answer(Err(e.errno())),
             Ok(opened) => {
                 let mut opened = opened.lock().unwrap_or_else(PoisonError::into_inner);
@@ -214,8 +263,8 @@ impl View {
 
     /// Takes the closing of a file, of which there may be several for one opening.
     pub(super) fn flush(&self, handle: u64, writer: Writer, answer: Answer) {
-        match self.opened(handle) {
-            // Nothing to do for the disk.
+        match self.opened_control(handle) {
+            // Nothing to do for other files.
             Err(_) => answer(Ok(())),
             Ok(opened) => {
                 let mut opened = opened.lock().unwrap_or_else(PoisonError::into_inner);
@@ -227,26 +276,80 @@ impl View {
     /// Cuts a control file to nothing, which shells do before they write to it and which means
     /// nothing here.
     pub(super) fn truncate(&self, inode: Inode) -> Result<Attributes> {
-        match self.tree.node(inode) {
+        match inode.node() {
             Some(Node::Control(file)) if file.is_writable() => self.attributes(inode),
             _ => Err(Error::new(ErrorKind::PermissionDenied, "this file is for reading")),
         }
     }
 
-    /// The next data or hole; see [`Image::seek`]. Control files are all data.
-    pub(super) fn seek(&self, inode: Inode, offset: u64, goal: Seek) -> Result<Option<u64>> {
-        match self.tree.node(inode) {
-            Some(Node::Disk) => self.image.seek(offset, goal).map_err(|e| data_error(&e)),
-            _ => {
-                let size = self.attributes(inode)?.size;
-                Ok((offset < size).then_some(if goal == Seek::Data { offset } else { size }))
+    /// The next data or hole; see [`Flat::seek`]. Control files are all data.
+    pub(super) fn seek(&self, inode: Inode, handle: u64, offset: u64, goal: Seek) -> Result<Option<u64>> {
+        let found = match inode.node() {
+            Some(Node::Disk) => self.image.seek(offset, goal),
+            Some(Node::Part(part @ Part::Snapshot(_))) => {
+                self.image.part(part).and_then(|view| view.seek(offset, goal))
             }
-        }
+            _ => match self.opened(handle)? {
+                Open::Layer(_, flat) => flat.seek(offset, goal),
+                Open::Control(_) => {
+                    let size = self.attributes(inode)?.size;
+                    return Ok((offset < size).then_some(if goal == Seek::Data { offset } else { size }));
+                }
+            },
+        };
+        found.map_err(|e| data_error(&e))
     }
 
-    fn opened(&self, handle: u64) -> Result<Arc<Mutex<Opened>>> {
+    fn opened(&self, handle: u64) -> Result<Open> {
         let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         open.get(&handle).cloned().ok_or_else(|| Error::invalid("no such handle"))
+    }
+
+    fn opened_control(&self, handle: u64) -> Result<Arc<Mutex<Opened>>> {
+        match self.opened(handle)? {
+            Open::Control(opened) => Ok(opened),
+            Open::Layer(..) => Err(Error::new(ErrorKind::PermissionDenied, "this file is for reading")),
+        }
+    }
+}
+
+fn directory(inode: Inode) -> Result<Directory> {
+    match inode.node() {
+        Some(Node::Directory(directory)) => Ok(directory),
+        Some(_) => Err(Error::invalid("not a directory")),
+        None => Err(no_such_file()),
+    }
+}
+
+fn attributes_of_directory(inode: Inode) -> Attributes {
+    Attributes {
+        inode,
+        is_directory: true,
+        size: 0,
+        blocks: 0,
+        permissions: 0o555,
+        // As btrfs has it: nobody counts what lies in it.
+        links: 1,
+        valid: FOREVER,
+        name_valid: FOREVER,
+    }
+}
+
+fn attributes_of_data(inode: Inode, size: u64, allocated: Allocated) -> Attributes {
+    let (bytes, valid) = match allocated {
+        Allocated::Exactly(bytes) => (bytes, FOREVER),
+        Allocated::AtMost(bytes) => (bytes, Duration::ZERO),
+    };
+    Attributes {
+        inode,
+        is_directory: false,
+        size,
+        blocks: bytes.div_ceil(512),
+        permissions: 0o444,
+        links: 1,
+        valid,
+        // After a rebase it may lead to another one.
+        name_valid: Duration::ZERO,
     }
 }
 
@@ -359,10 +462,10 @@ mod tests {
         let view = view(dir.path());
         let errno = |error: Error| error.errno();
         assert_eq!(view.lookup(Inode::ROOT, "x".as_ref()).map_err(errno).unwrap_err(), 2);
-        assert!(view.attributes(Inode(99)).is_err() && view.list(Inode::DISK).is_err());
+        assert!(view.attributes(Inode(99)).is_err() && view.list(Inode::DISK, 0).is_err());
         assert!(view.open(Inode::ROOT).is_err() && view.truncate(Inode::DISK).is_err());
         assert!(view.read(find(&view, &["ctl", "status"]).inode, 77, 0, &mut [0]).is_err());
-        assert_eq!(view.list(Inode::ROOT).unwrap().len(), 4);
+        assert_eq!(view.list(Inode::ROOT, 0).unwrap().len(), 6);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 mod backing_files;
 mod command;
 mod job;
+mod map;
 mod report;
 mod words;
 mod writer;
@@ -22,6 +23,7 @@ use crate::rebase::{Progress, Report};
 use backing_files::BackingFiles;
 pub use command::in_words;
 use command::{Command, Line};
+use map::MapText;
 pub(super) use writer::Writer;
 
 /// Gets what comes of a write: nothing, or an errno, the words to which are in `ctl/status`. May
@@ -91,11 +93,12 @@ pub(super) struct Opened {
     /// Who wrote what the line has so far.
     writer: Option<Writer>,
     text: Option<Vec<u8>>,
+    map: MapText,
 }
 
 impl Opened {
     pub(super) fn new(file: ControlFile) -> Self {
-        Self { file, line: Line::default(), writer: None, text: None }
+        Self { file, line: Line::default(), writer: None, text: None, map: MapText::default() }
     }
 
     /// What a line that was written to it asks for.
@@ -152,22 +155,30 @@ impl Control {
 
     /// Fills `buffer` from `offset` on with what the file says; from its beginning, with what it
     /// says now.
-    pub(super) fn read(&self, opened: &mut Opened, offset: u64, buffer: &mut [u8]) -> usize {
+    pub(super) fn read(&self, opened: &mut Opened, offset: u64, buffer: &mut [u8]) -> Result<usize> {
+        if opened.file == ControlFile::Map {
+            let map = &mut opened.map;
+            return self.image.with_chain(|chain| map.read(chain, offset, buffer));
+        }
         if offset == 0 {
             opened.text = None;
         }
-        let text = opened.text.get_or_insert_with(|| self.text(opened.file));
+        let text = match &mut opened.text {
+            Some(text) => text,
+            none => none.insert(self.text(opened.file)?),
+        };
         let start = usize::try_from(offset).map_or(text.len(), |offset| offset.min(text.len()));
         let length = buffer.len().min(text.len() - start);
         buffer[..length].copy_from_slice(&text[start..start + length]);
-        length
+        Ok(length)
     }
 
-    fn text(&self, file: ControlFile) -> Vec<u8> {
+    fn text(&self, file: ControlFile) -> Result<Vec<u8>> {
         let chain = self.image.chain();
-        match file {
+        Ok(match file {
             ControlFile::Backing => report::backing(&chain),
             ControlFile::Chain => report::chain(&chain),
+            ControlFile::Info => report::info(&chain)?,
             ControlFile::Status => {
                 let changes = self.look_at_backing_files();
                 let state = self.state();
@@ -183,8 +194,8 @@ impl Control {
                 status
             }
             ControlFile::Rebase => self.state().rehearsed.to_vec(),
-            ControlFile::Cancel => Vec::new(),
-        }
+            ControlFile::Cancel | ControlFile::Map => Vec::new(),
+        })
     }
 
     /// What has changed of the backing files since the chain was opened; it goes to the log too, once.
@@ -213,7 +224,7 @@ impl Control {
                 Ok(Some(line)) => self.submit(opened.command(line), writer, answer),
                 Err(e) => self.submit(Err(e), writer, answer),
             },
-            ControlFile::Chain | ControlFile::Status => {
+            ControlFile::Chain | ControlFile::Info | ControlFile::Map | ControlFile::Status => {
                 answer(Err(ErrorKind::PermissionDenied.errno()));
             }
         }

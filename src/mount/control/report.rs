@@ -1,11 +1,12 @@
-//! What the control files say: text of lines. Pure: state → text.
+//! What the control files say: text of lines. State → text.
 
 use std::fmt::Display;
 use std::os::unix::ffi::OsStrExt;
 
 use super::{Outcome, Running};
+use crate::chain::info::{ImageInfo, json};
 use crate::chain::{Chain, Change};
-use crate::error::ErrorKind;
+use crate::error::{Error, ErrorKind, Result};
 use crate::rebase::{Phase, Progress, Report};
 
 /// `ctl/backing`: the backing file as the header names it, byte for byte; empty if there is none.
@@ -22,6 +23,24 @@ pub(super) fn chain(chain: &Chain) -> Vec<u8> {
         format!("{depth} {} {} {file}\n", layer.format(), layer.virtual_size())
     });
     lines.collect::<String>().into_bytes()
+}
+
+/// More is not kept of `ctl/info`, in bytes. Only an image made to be large has so many snapshots.
+const MAX_INFO: usize = 64 << 20;
+
+/// `ctl/info`: the JSON of `qemu-img info --backing-chain`, an object a layer.
+pub(super) fn info(chain: &Chain) -> Result<Vec<u8>> {
+    let mut text = String::new();
+    for layer in chain.layers() {
+        text += if text.is_empty() { "[\n    " } else { ",\n    " };
+        text += &json(&ImageInfo::of(&**layer)?)?.replace('\n', "\n    ");
+        if text.len() > MAX_INFO {
+            let what = format!("what is to be said of the chain has more than {MAX_INFO} bytes");
+            return Err(Error::unsupported(what).hint("`rebasefs info --backing-chain` prints all of it"));
+        }
+    }
+    text += if text.is_empty() { "[]\n" } else { "\n]\n" };
+    Ok(text.into_bytes())
 }
 
 /// `ctl/status`: lines of `key: value`.

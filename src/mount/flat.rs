@@ -1,0 +1,227 @@
+//! Bytes of a chain as a flat file: read, seek for data and holes, count blocks.
+//!
+//! A disk, or a part of one. Never changes once made; knows nothing of inodes, of rebasing, and of
+//! who keeps it.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use crate::chain::Chain;
+use crate::error::Result;
+use crate::layer::{Detail, ExtentKind, GuestOffset};
+
+/// How many bytes of a file are data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Allocated {
+    Exactly(u64),
+    /// Still being counted, or it could not be: no more than this.
+    AtMost(u64),
+}
+
+/// What a seek looks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Seek {
+    Data,
+    Hole,
+}
+
+/// The bytes of a chain in `[start, start + length)`.
+#[derive(Debug)]
+pub(super) struct Flat {
+    chain: Chain,
+    start: u64,
+    length: u64,
+    count: Mutex<Count>,
+    counted: Condvar,
+    /// Nobody wants its block count any more; it shall not keep files open for that.
+    is_dropped: AtomicBool,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Count {
+    NotAsked,
+    UnderWay,
+    Known(Allocated),
+}
+
+/// A run of bytes that are all data or all hole.
+struct Run {
+    start: u64,
+    length: u64,
+    is_data: bool,
+}
+
+impl Flat {
+    /// All that a guest sees of a chain.
+    pub(super) fn whole(chain: Chain) -> Self {
+        let length = chain.virtual_size();
+        Self::part(chain, 0, length)
+    }
+
+    /// So many bytes of a chain from `start` on, all of which it has.
+    pub(super) fn part(chain: Chain, start: u64, length: u64) -> Self {
+        let (count, counted, is_dropped) =
+            (Mutex::new(Count::NotAsked), Condvar::new(), AtomicBool::new(false));
+        Self { chain, start, length, count, counted, is_dropped }
+    }
+
+    pub(super) fn chain(&self) -> &Chain {
+        &self.chain
+    }
+
+    /// Bytes.
+    pub(super) fn size(&self) -> u64 {
+        self.length
+    }
+
+    /// Fills `buffer` from `offset` as far as the file reaches; returns how many bytes that were.
+    pub(super) fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<usize> {
+        let left = self.length.saturating_sub(offset);
+        let length = left.min(buffer.len() as u64) as usize;
+        if length > 0 {
+            self.chain.read_at(GuestOffset(self.start + offset), &mut buffer[..length])?;
+        }
+        Ok(length)
+    }
+
+    /// The first offset at or after `offset` that holds what is looked for; the end of the file
+    /// counts as a hole. `None` beyond the end, and where no data follows.
+    pub(super) fn seek(&self, offset: u64, goal: Seek) -> Result<Option<u64>> {
+        if offset >= self.length {
+            return Ok(None);
+        }
+        for run in self.runs(offset) {
+            let run = run?;
+            if run.is_data == (goal == Seek::Data) {
+                return Ok(Some(run.start));
+            }
+        }
+        Ok((goal == Seek::Hole).then_some(self.length))
+    }
+
+    /// How many bytes are data: counted once, in the background, for which `held` is kept. Whoever
+    /// asks waits so long; a count that takes longer is given with the next answer.
+    pub(super) fn allocated(self: &Arc<Self>, held: impl Send + 'static, patience: Duration) -> Allocated {
+        self.start_counting(held);
+        let count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited =
+            self.counted.wait_timeout_while(count, patience, |count| matches!(count, Count::UnderWay));
+        match *waited.unwrap_or_else(PoisonError::into_inner).0 {
+            Count::Known(allocated) => allocated,
+            Count::NotAsked | Count::UnderWay => self.upper_bound(),
+        }
+    }
+
+    /// Lets a count that is under way stop.
+    pub(super) fn stop_counting(&self) {
+        self.is_dropped.store(true, Ordering::Relaxed);
+    }
+
+    /// The runs from `offset` to the end; neighbours may be alike. Ends after an error.
+    fn runs(&self, offset: u64) -> impl Iterator<Item = Result<Run>> {
+        let mut next = offset;
+        std::iter::from_fn(move || {
+            if next >= self.length {
+                return None;
+            }
+            let start = next;
+            let (at, left) = (GuestOffset(self.start + start), self.length - start);
+            let run = self.chain.extent_at(at, left, Detail::Holes).map(|owned| {
+                let is_data = matches!(owned.extent.kind, ExtentKind::Data(_) | ExtentKind::Compressed(_));
+                Run { start, length: owned.extent.length, is_data }
+            });
+            next = run.as_ref().map_or(self.length, |run| start + run.length);
+            Some(run)
+        })
+    }
+
+    fn start_counting(self: &Arc<Self>, held: impl Send + 'static) {
+        let mut count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
+        if !matches!(*count, Count::NotAsked) {
+            return;
+        }
+        let flat = self.clone();
+        let counter = move || {
+            flat.finish_counting(flat.count_data());
+            drop(flat);
+            drop(held);
+        };
+        match thread::Builder::new().name("block count".into()).spawn(counter) {
+            Ok(_) => *count = Count::UnderWay,
+            Err(e) => log::warn!("cannot start a thread to count blocks: {e}"),
+        }
+    }
+
+    fn count_data(&self) -> Allocated {
+        let mut bytes = 0;
+        for run in self.runs(0) {
+            match run {
+                _ if self.is_dropped.load(Ordering::Relaxed) => return self.upper_bound(),
+                Ok(run) => bytes += if run.is_data { run.length } else { 0 },
+                Err(e) => {
+                    log::error!("cannot count the blocks of the disk: {e}");
+                    return self.upper_bound();
+                }
+            }
+        }
+        Allocated::Exactly(bytes)
+    }
+
+    fn finish_counting(&self, allocated: Allocated) {
+        *self.count.lock().unwrap_or_else(PoisonError::into_inner) = Count::Known(allocated);
+        self.counted.notify_all();
+    }
+
+    fn upper_bound(&self) -> Allocated {
+        Allocated::AtMost(self.length)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+    use crate::chain::Opener;
+    use crate::file::Access;
+
+    /// A raw disk of 1 MiB with data in `[256 KiB, 512 KiB)`.
+    fn chain() -> (tempfile::TempDir, Chain) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        let file = std::fs::File::create(&path).unwrap();
+        file.set_len(1 << 20).unwrap();
+        file.write_all_at(&vec![7; 256 << 10], 256 << 10).unwrap();
+        let chain = Opener::new().chain(&path, None, Access::ReadOnly).unwrap();
+        (dir, chain)
+    }
+
+    #[test]
+    fn seeks_find_data_and_holes_and_the_hole_at_the_end() {
+        let (_dir, chain) = chain();
+        let flat = Flat::whole(chain);
+        assert_eq!(flat.seek(5, Seek::Data).unwrap(), Some(256 << 10));
+        assert_eq!(flat.seek(5, Seek::Hole).unwrap(), Some(5));
+        assert_eq!(flat.seek(300 << 10, Seek::Data).unwrap(), Some(300 << 10));
+        assert_eq!(flat.seek(300 << 10, Seek::Hole).unwrap(), Some(512 << 10));
+        assert_eq!(flat.seek(512 << 10, Seek::Data).unwrap(), None);
+        assert_eq!(flat.seek(1 << 20, Seek::Hole).unwrap(), None);
+    }
+
+    #[test]
+    fn a_part_counts_from_its_own_beginning_and_ends_with_itself() {
+        let (_dir, chain) = chain();
+        let flat = Arc::new(Flat::part(chain, 128 << 10, 256 << 10));
+        let mut buffer = [9; 4];
+        assert_eq!(flat.read((128 << 10) - 2, &mut buffer).unwrap(), 4);
+        assert_eq!(buffer, [0, 0, 7, 7]);
+        assert_eq!(flat.read((256 << 10) - 1, &mut buffer).unwrap(), 1);
+        assert_eq!(flat.read(256 << 10, &mut buffer).unwrap(), 0);
+        assert_eq!(flat.read(u64::MAX, &mut buffer).unwrap(), 0);
+        assert_eq!(flat.seek(0, Seek::Data).unwrap(), Some(128 << 10));
+        assert_eq!(flat.seek(200 << 10, Seek::Hole).unwrap(), Some(256 << 10));
+        assert_eq!(flat.allocated((), Duration::from_secs(9)), Allocated::Exactly(128 << 10));
+    }
+}
