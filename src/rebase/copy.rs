@@ -19,6 +19,9 @@ use crate::layer::{Content, Detail, ExtentKind, GuestOffset, Overlay};
 const PIECE: u64 = 256 << 10;
 /// Ranges of the plan that are kept in memory, in a mebibyte.
 const MAX_REMEMBERED: usize = 64 << 10;
+/// The plan is made in so many parts at most, and in none that is smaller than so many bytes.
+const MAX_PARTS: u64 = 64;
+const LEAST_PART: u64 = 64 << 20;
 /// More workers than this fight for memory bandwidth only, and each has two buffers.
 const MAX_WORKERS: usize = 8;
 
@@ -32,7 +35,8 @@ pub(super) fn copy_differences(
     later: Later,
 ) -> Result<Report> {
     let plan = Plan::new(overlay, old, new, progress, PIECE).knowing(known);
-    let Survey { equal, open, pieces } = plan.survey(MAX_REMEMBERED).doing(|| "planning".to_owned())?;
+    let part = overlay.end().div_ceil(MAX_PARTS).max(LEAST_PART);
+    let Survey { equal, open, pieces } = plan.survey(MAX_REMEMBERED, part).doing(|| "planning".to_owned())?;
     progress.add_total(open.saturating_add(later.bytes(open)));
     progress.enter(Phase::Copy);
     let job = Job {

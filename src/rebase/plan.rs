@@ -3,7 +3,8 @@
 //! A range needs a look where some view of the overlay falls through to the backing file, unless
 //! the old and the new chain lead to the same bytes there. Reads no guest data.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Mutex, PoisonError};
 
 use super::{Difference, Progress};
 use crate::chain::{Chain, Source};
@@ -50,6 +51,8 @@ pub(super) struct Plan<'a> {
     /// The longest piece in bytes, a multiple of `whole`.
     piece: u64,
     at: GuestOffset,
+    /// Where the walk ends: at the end of the overlay, or between two pieces.
+    end: GuestOffset,
     /// End of the run of missing bytes that `at` lies in.
     missing_end: GuestOffset,
     /// Missing bytes met so far that are equal by metadata.
@@ -76,6 +79,7 @@ impl<'a> Plan<'a> {
             whole: overlay.whole(),
             piece: piece.next_multiple_of(overlay.whole()),
             at: GuestOffset(0),
+            end: GuestOffset(overlay.end()),
             missing_end: GuestOffset(0),
             equal: 0,
             equal_here: 0,
@@ -87,31 +91,75 @@ impl<'a> Plan<'a> {
         Self { difference, ..self }
     }
 
-    /// Walks to the end: how much needs a look, and how much does not. Remembers so many ranges;
-    /// what more there is, is found again when it is its turn.
-    pub fn survey(mut self, remembered: usize) -> Result<Survey<'a>> {
-        let mut known: VecDeque<Range> = VecDeque::new();
-        let (mut open, mut rest, end) = (0, None, self.overlay.end());
+    /// Walks to the end, in parts of `part` bytes (rounded up to pieces) by as many threads as there
+    /// are processors: how much needs a look, and how much does not. Remembers so many ranges; what
+    /// more there is, is found again when it is its turn.
+    pub fn survey(self, remembered: usize, part: u64) -> Result<Survey<'a>> {
+        let plans = self.split(part);
+        let workers = std::thread::available_parallelism().map_or(1, usize::from).min(plans.len());
+        let remembered = remembered / plans.len().max(1);
+        let (size, todo) = (self.piece, Mutex::new(plans.into_iter().enumerate()));
+        let found = Mutex::new(BTreeMap::new());
+        let work = || {
+            let next = || todo.lock().unwrap_or_else(PoisonError::into_inner).next();
+            while let Some((number, plan)) = next() {
+                let part = plan.walk(remembered);
+                found.lock().unwrap_or_else(PoisonError::into_inner).insert(number, part);
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 1..workers {
+                scope.spawn(work);
+            }
+            work();
+        });
+        let found = found.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let mut survey = Survey { equal: 0, open: 0, pieces: Pieces { parts: VecDeque::new(), size } };
+        for part in found.into_values() {
+            let part = part?;
+            survey.equal += part.equal;
+            survey.open += part.open;
+            survey.pieces.parts.push_back(part);
+        }
+        Ok(survey)
+    }
+
+    /// Plans for one part of the disk each, in order.
+    fn split(&self, part: u64) -> Vec<Self> {
+        let starts = (self.at.0..self.end.0).step_by(part.next_multiple_of(self.piece) as usize);
+        let mut plans: Vec<Self> = Vec::new();
+        for start in starts.map(GuestOffset) {
+            if let Some(last) = plans.last_mut() {
+                last.end = start;
+            }
+            plans.push(Self { at: start, missing_end: start, ..self.clone() });
+        }
+        plans
+    }
+
+    fn walk(mut self, remembered: usize) -> Result<Part<'a>> {
+        let mut part = Part { equal: 0, open: 0, known: VecDeque::new(), rest: None };
+        let end = self.overlay.end();
         loop {
             let before = self.clone();
             let Some(range) = self.next_piece()? else { break };
-            open += range.end.0.min(end) - range.start.0;
-            let is_full = known.len() == remembered;
-            match known.back_mut() {
-                _ if rest.is_some() => {}
+            part.open += range.end.0.min(end) - range.start.0;
+            let is_full = part.known.len() == remembered;
+            match part.known.back_mut() {
+                _ if part.rest.is_some() => {}
                 Some(last) if last.end == range.start => last.end = range.end,
-                _ if is_full => rest = Some(before),
-                _ => known.push_back(range),
+                _ if is_full => part.rest = Some(before),
+                _ => part.known.push_back(range),
             }
         }
-        Ok(Survey { equal: self.equal, open, pieces: Pieces { known, rest, size: self.piece } })
+        Ok(Part { equal: self.equal, ..part })
     }
 
     /// The next range that needs a look.
     pub fn next_piece(&mut self) -> Result<Option<Range>> {
         let whole = self.whole;
         let mut found: Option<Range> = None;
-        while self.at.0 < self.overlay.end() {
+        while self.at < self.end {
             let limit = found.map_or(u64::MAX, |range| boundary_behind(range.start, self.piece));
             if self.at.0 >= limit {
                 break;
@@ -157,8 +205,7 @@ impl<'a> Plan<'a> {
     /// What metadata says of the bytes at `at`, and for how many of them.
     fn look(&mut self) -> Result<(Verdict, u64)> {
         if self.at >= self.missing_end {
-            let rest = self.overlay.end() - self.at.0;
-            let run = self.overlay.missing_at(self.at, rest)?;
+            let run = self.overlay.missing_at(self.at, self.end - self.at)?;
             if !run.is_missing {
                 return Ok((Verdict::Held, run.length));
             }
@@ -202,21 +249,43 @@ pub(super) struct Survey<'a> {
 
 /// What needs a look, handed out in pieces.
 pub(super) struct Pieces<'a> {
+    /// In order.
+    parts: VecDeque<Part<'a>>,
+    /// The longest piece in bytes.
+    size: u64,
+}
+
+/// What needs a look in a part of the disk.
+struct Part<'a> {
+    /// Bytes that are equal by metadata.
+    equal: u64,
+    /// Bytes that need a look.
+    open: u64,
     /// As far as it was remembered, neighbours joined.
     known: VecDeque<Range>,
     /// The walk to what was not.
     rest: Option<Plan<'a>>,
-    /// The longest piece in bytes.
-    size: u64,
 }
 
 impl Pieces<'_> {
     /// The next one.
     pub fn next(&mut self) -> Result<Option<Range>> {
+        while let Some(part) = self.parts.front_mut() {
+            if let Some(piece) = part.next(self.size)? {
+                return Ok(Some(piece));
+            }
+            self.parts.pop_front();
+        }
+        Ok(None)
+    }
+}
+
+impl Part<'_> {
+    fn next(&mut self, size: u64) -> Result<Option<Range>> {
         let Some(range) = self.known.front_mut() else {
             return self.rest.as_mut().map_or(Ok(None), Plan::next_piece);
         };
-        let end = GuestOffset(boundary_behind(range.start, self.size).min(range.end.0));
+        let end = GuestOffset(boundary_behind(range.start, size).min(range.end.0));
         let piece = Range { end, ..*range };
         range.start = end;
         if range.start == range.end {
@@ -333,12 +402,14 @@ mod tests {
         let bytes = |piece: Range| (piece.start.0 / CLUSTER, piece.end.0 / CLUSTER);
         // Clusters of data in both are open, too; a piece ends at a multiple of four clusters.
         let expected = vec![(1, 4), (4, 6), (9, 10), (12, 15), (16, 17), (30, 32)];
-        for remembered in [0, 1, 2, 3, 100] {
+        let parts =
+            [4, 8, 100].into_iter().flat_map(|part| [0, 1, 2, 3, 100].map(|remembered| (part, remembered)));
+        for (part, remembered) in parts {
             let plan = Plan::new(&overlay, &old, &new, &progress, 4 * CLUSTER);
-            let Survey { equal, open, mut pieces } = plan.survey(remembered).unwrap();
+            let Survey { equal, open, mut pieces } = plan.survey(remembered, part * CLUSTER).unwrap();
             assert_eq!((equal, open), (20 * CLUSTER, 12 * CLUSTER));
             let found: Vec<_> = std::iter::from_fn(|| pieces.next().unwrap()).map(bytes).collect();
-            assert_eq!(found, expected, "{remembered} remembered");
+            assert_eq!(found, expected, "{remembered} remembered of parts of {part}");
         }
     }
 }
