@@ -1,6 +1,7 @@
 //! The habits of the system: mount(8), fstab, `umount`, messages, manual pages and completions.
 
 use std::os::unix::fs::symlink;
+use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::Mutex;
@@ -223,6 +224,25 @@ fn only_messages_in_a_file_tell_the_time() {
     mounted.wait_until_gone();
     let logged = std::fs::read_to_string(scratch.path("log")).unwrap();
     assert!(has_time(&logged), "{logged}");
+}
+
+#[test]
+fn a_service_says_when_its_mount_stands() {
+    let scratch = image();
+    open_dev_fuse();
+    let manager = UnixDatagram::bind(scratch.path("notify")).unwrap();
+    manager.set_read_timeout(Some(std::time::Duration::from_secs(20))).unwrap();
+    let mut server = Command::new(rebasefs())
+        .args(["mount", "--foreground", "cow.qcow2", "mnt"])
+        .current_dir(scratch.path("."))
+        .env("NOTIFY_SOCKET", scratch.path("notify"))
+        .spawn()
+        .unwrap();
+    let mut said = [0; 64];
+    let length = manager.recv(&mut said).unwrap();
+    assert_eq!(&said[..length], b"READY=1");
+    used_and_unmounted(&scratch);
+    assert!(server.wait().unwrap().success());
 }
 
 #[test]

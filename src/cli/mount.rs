@@ -4,6 +4,8 @@
 use std::fs::File;
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::AsFd;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::thread;
@@ -82,7 +84,11 @@ pub(super) fn run(mut arguments: Arguments) -> Result<ExitCode> {
     let foreground = arguments.foreground;
     let mount = checked(arguments, words.mount);
     if foreground {
-        mount.start()?.serve()?;
+        let mounted = mount.start()?;
+        if let Err(e) = tell_service_manager() {
+            log::warn!("cannot tell the service manager that the mount stands: {e}");
+        }
+        mounted.serve()?;
         return Ok(ExitCode::SUCCESS);
     }
     in_background(mount, log.as_ref())
@@ -103,6 +109,17 @@ fn checked(arguments: Arguments, options: MountOptions) -> Mount {
 fn open_log(path: &Path) -> Result<File> {
     let file = File::options().create(true).append(true).open(path);
     file.map_err(|e| Error::io(e, "cannot open the log").path(path))
+}
+
+/// Tells who has started us as a service of `Type=notify` that the mount can be used, see
+/// sd_notify(3).
+fn tell_service_manager() -> io::Result<()> {
+    let Some(name) = std::env::var_os("NOTIFY_SOCKET") else { return Ok(()) };
+    let address = match name.as_encoded_bytes() {
+        [b'@', name @ ..] => SocketAddr::from_abstract_name(name)?,
+        _ => SocketAddr::from_pathname(name)?,
+    };
+    UnixDatagram::unbound()?.send_to_addr(b"READY=1", &address).map(drop)
 }
 
 /// Forks; the parent waits for the child to say how the mount went.
