@@ -128,3 +128,29 @@ fn a_dry_run_draws_what_a_rebase_would_do() {
     let many = s.rebasefs_fails(1, "rebase --dry-run --svg plan.svg -b new cow.qcow2 cow.qcow2");
     assert!(many.contains("--svg draws one image"), "{many}");
 }
+
+/// The plot of `scripts/bench`: ratios of 0.01, 0.1 and 1 stand in equal distances.
+#[test]
+fn the_benchmark_is_drawn_on_a_logarithmic_scale() {
+    let s = Scratch::new();
+    s.write(
+        "plot.py",
+        b"import sys; sys.dont_write_bytecode = True; sys.path.insert(0, sys.argv[1])\n\
+          from types import SimpleNamespace as Run\n\
+          from benchmark import plot, report\n\
+          row = lambda name, *r: report.Row(name, [Run(seconds=x) for x in r], [Run(seconds=1)] * len(r))\n\
+          rows = [row('a<b>&', 0.01, 0.005, 0.02), row('b', 0.1), row('c', 1), row('d', 1e-12), row('e', 5)]\n\
+          print(plot.document(rows, 'a <machine>'))\n",
+    );
+    let scripts = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts");
+    s.write("plot.svg", s.ok("python3", &format!("plot.py {scripts}")).as_bytes());
+    s.ok("xmllint", "--noout plot.svg");
+    let found = s.run_args("xmllint", &["--xpath", "//*[local-name()='circle']/@cx", "plot.svg"]);
+    let place = |text: &str| text.trim_matches('"').parse::<f64>().unwrap();
+    let dots: Vec<f64> =
+        found.stdout.split_whitespace().map(|text| place(text.strip_prefix("cx=").unwrap())).collect();
+    assert_eq!(dots.len(), 5);
+    assert!(((dots[1] - dots[0]) - (dots[2] - dots[1])).abs() < 0.2 && dots[0] < dots[1], "{dots:?}");
+    // What lies far below the others stands at the edge of the scale.
+    assert!(dots[3] < dots[0] && dots[2] < dots[4], "{dots:?}");
+}

@@ -118,7 +118,11 @@ impl Overlay for Notes<'_> {
     }
 
     fn is_compared(&self, at: GuestOffset, length: u64) {
-        self.compared.lock().unwrap_or_else(PoisonError::into_inner).push((at, length));
+        let mut compared = self.compared.lock().unwrap_or_else(PoisonError::into_inner);
+        match compared.last_mut() {
+            Some(last) if last.0 + last.1 == at => last.1 += length,
+            _ => compared.push((at, length)),
+        }
     }
 
     fn fill(&self, at: GuestOffset, content: Content<'_>) -> Result<Filled> {

@@ -18,6 +18,8 @@ const LABELS: usize = 72;
 const WIDTH: usize = LABELS + COLUMNS * CELL + 2 * MARGIN;
 const TOP: usize = 76;
 const LINE: usize = 22;
+/// The cells of a disk that has only a few.
+const WIDEST: usize = 56;
 /// A grid of few rows has higher ones.
 const LOW: usize = 8;
 /// As many characters of a name fit beside the figures.
@@ -69,6 +71,8 @@ fn draw_row(text: &mut String, picture: &Picture, row: usize, cells: &[usize], h
         let (right, base) = (x - 8, y + height / 2 + 4);
         let _ = writeln!(text, "<text class=\"weak small number\" x=\"{right}\" y=\"{base}\">{label}</text>");
     }
+    // One row alone may be that of a small disk.
+    let pitch = if row == 0 { (COLUMNS * CELL / cells.len().max(1)).clamp(CELL, WIDEST) } else { CELL };
     let mut column = 0;
     for run in cells.chunk_by(|one, next| one == next) {
         let kind = &picture.kinds[run[0]];
@@ -79,8 +83,8 @@ fn draw_row(text: &mut String, picture: &Picture, row: usize, cells: &[usize], h
             "<rect class=\"{}\" x=\"{}\" y=\"{y}\" width=\"{}\" height=\"{}\"><title>{from:#x} – {to:#x} ({}): \
              {}</title></rect>",
             class(kind.colour),
-            x + column * CELL,
-            run.len() * CELL,
+            x + column * pitch,
+            run.len() * pitch,
             height - 1,
             size::text(to - from),
             escaped(&kind.name),

@@ -19,7 +19,7 @@ const KINDS: [(char, Colour, &str); 5] = [
     ('=', Colour::Empty, "skipped: equal by metadata"),
     ('o', Colour::Faint, "skipped: held by the overlay"),
     ('?', Colour::Strong(0), "compared, and found equal"),
-    ('z', Colour::Strong(4), "becomes zero clusters"),
+    ('z', Colour::Strong(2), "becomes zero clusters"),
     ('c', Colour::Strong(1), "copied"),
 ];
 
