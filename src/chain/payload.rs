@@ -2,7 +2,6 @@
 
 use super::Chain;
 use crate::error::Result;
-use crate::file::HostOffset;
 use crate::layer::{Compressed, Detail, ExtentKind, GuestOffset, Layer};
 
 /// The place of a payload ends at a multiple of this many bytes, the payload itself before it
@@ -68,6 +67,6 @@ fn read<'a>(
 ) -> Result<&'a [u8]> {
     buffer.resize(length.max(buffer.len()), 0);
     let buffer = &mut buffer[..length];
-    layer.file().read_at(HostOffset(place.at.0), buffer)?;
+    layer.file().read_at(place.at, buffer)?;
     Ok(buffer)
 }
