@@ -51,16 +51,16 @@
 //!
 //! # The API in a few lines
 //!
-//! An [`Opener`] opens a [`Chain`], which is read with [`Chain::read_at`]; [`rebase::rebase`]
-//! returns the chain on its new backing file; [`mount::Mount`] serves one over FUSE. Rebases that
+//! An [`Opener`] opens a [`Chain`], which is read with [`Chain::read_at`]; [`rebase::rehearse`] tells
+//! what a rebase would do, [`rebase::rebase`] does it and returns the chain on its new backing file; [`mount::Mount`] serves one over FUSE. Rebases that
 //! share [`rebase::Differences`] compare their backing files once; [`rebase::Many`] runs them.
 //!
 //! ```
 //! use rebasefs::chain::Opener;
 //! use rebasefs::file::{Access, LocalFile};
 //! use rebasefs::layer::qcow2::create::{Spec, create};
-//! use rebasefs::layer::{GuestOffset, Reference};
-//! use rebasefs::rebase::{Progress, Request, rebase};
+//! use rebasefs::layer::{Detail, GuestOffset, Reference};
+//! use rebasefs::rebase::{Progress, Request, rebase, rehearse};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! # let directory = tempfile::tempdir()?;
@@ -80,9 +80,27 @@
 //! chain.read_at(GuestOffset(0x8000), &mut bytes)?;
 //! assert_eq!(bytes, [0x11; 512]);
 //!
-//! // It stands on the second disk now, and its guest sees the same.
+//! // Where that comes from: all of it from layer 1, none from the overlay.
+//! let extent = chain.extent_at(GuestOffset(0), 1 << 20, Detail::Holes)?;
+//! assert_eq!((extent.depth, extent.extent.length), (Some(1), 1 << 20));
+//!
+//! // What a rebase would do. Nothing is written.
 //! let request = Request { backing: Some(named("new.img")), ..Request::default() };
-//! let (chain, report) = rebase(&chain, &opener, &request, &Progress::default())?;
+//! let rehearsal = rehearse(&chain, &opener, &request, &Progress::default())?;
+//! assert_eq!(rehearsal.report.copied, 1 << 20);
+//!
+//! // The rebase, while somebody looks how far it is. He could stop it: `progress.cancel()`.
+//! let progress = Progress::default();
+//! let (chain, report) = std::thread::scope(|threads| {
+//!     let work = threads.spawn(|| rebase(&chain, &opener, &request, &progress));
+//!     while !work.is_finished() {
+//!         println!("{}: {:.0} %", progress.phase().word(), progress.fraction() * 100.0);
+//!         std::thread::sleep(std::time::Duration::from_millis(10));
+//!     }
+//!     work.join().expect("no panic")
+//! })?;
+//!
+//! // It stands on the second disk now, and its guest sees the same.
 //! chain.read_at(GuestOffset(0x8000), &mut bytes)?;
 //! assert_eq!(bytes, [0x11; 512]);
 //! assert_eq!(chain.layers()[1].file().path(), place("new.img"));

@@ -40,7 +40,7 @@ impl Format {
             "raw" | "file" | "host_device" => Ok(Self::Raw),
             "qcow2" => Ok(Self::Qcow2),
             _ => Err(Error::unsupported(format!("format '{name}' is not supported"))
-                .hint("rebasefs reads raw and qcow2; convert it with `qemu-img convert -O qcow2`")),
+                .hint("rebasefs reads raw and qcow2; convert it with `qemu-img convert -O qcow2 FILE NEW`")),
         }
     }
 
