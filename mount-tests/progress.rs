@@ -94,7 +94,7 @@ fn a_terminal_shows_a_bar_that_fits_and_is_gone_when_it_is_done() {
             assert!(bar.contains(" %") && bar.chars().count() <= columns as usize, "{columns}: {bar:?}");
         }
         assert_eq!(bars.iter().any(|bar| bar.contains(" left")), columns > 40, "{bars:?}");
-        assert!(bars.iter().any(|bar| bar.starts_with("copy ")), "{bars:?}");
+        assert!(bars.iter().any(|bar| bar.starts_with("verify ")), "{bars:?}");
         let last = sent.iter().rev().find(|line| !line.is_empty()).map(plain).unwrap();
         assert!(last.starts_with("Image rebased: of 4 MiB"), "{sent:?}");
     }

@@ -28,7 +28,10 @@ fn what_was_under_way_stops_cleanly_and_the_same_command_moves_the_rest() {
     let moved = out.lines().filter(|line| line.contains(": rebased: ")).count();
     assert!((2..12).contains(&moved), "{out}{said}");
     // A line each, on one stream or the other.
-    let stopped = said.lines().filter(|line| line.contains(": failed: the rebase was stopped")).count();
+    let stopped = said
+        .lines()
+        .filter(|line| line.contains(": failed: ") && line.contains("the rebase was stopped"))
+        .count();
     assert_eq!(moved + stopped, 12, "{out}{said}");
     assert!(said.contains(&format!("rebasefs: SIGINT: {stopped} of 12 images failed")), "{said}");
     let on_new = names.iter().filter(|name| backing_of(&s, name).0.as_deref() == Some("new")).count();

@@ -1,8 +1,9 @@
 //! One bar on the terminal. What is printed meanwhile goes above it.
 
-use std::sync::{Mutex, PoisonError};
+use std::fmt::Write;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 
 use super::{Show, amount, rate, time};
 use crate::cli::print;
@@ -19,7 +20,7 @@ static SHOWN: Mutex<Option<ProgressBar>> = Mutex::new(None);
 
 /// Prints something while no bar is there.
 pub(in crate::cli) fn aside<T>(print: impl FnOnce() -> T) -> T {
-    let shown = SHOWN.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let shown = lock(&SHOWN).clone();
     match shown {
         Some(bar) => bar.suspend(print),
         None => print(),
@@ -29,6 +30,8 @@ pub(in crate::cli) fn aside<T>(print: impl FnOnce() -> T) -> T {
 /// A bar on the standard error.
 pub(super) struct Bar {
     bar: ProgressBar,
+    /// The word before the bar, and the numbers behind it: drawn together with it.
+    words: Arc<Mutex<(&'static str, String)>>,
     /// The columns that its style was made for.
     columns: Option<u16>,
 }
@@ -36,8 +39,8 @@ pub(super) struct Bar {
 impl Bar {
     pub fn new() -> Self {
         let bar = ProgressBar::with_draw_target(Some(PARTS), ProgressDrawTarget::stderr());
-        *SHOWN.lock().unwrap_or_else(PoisonError::into_inner) = Some(bar.clone());
-        Self { bar, columns: None }
+        *lock(&SHOWN) = Some(bar.clone());
+        Self { bar, words: Arc::default(), columns: None }
     }
 
     /// Terminals are made wider and narrower while a bar is on them.
@@ -47,12 +50,21 @@ impl Bar {
             return;
         }
         let template = match columns {
-            WIDE.. => "{prefix:7} {wide_bar} {percent:>3} %  {msg}",
-            NARROW.. => "{prefix:7} {wide_bar} {percent:>3} %  {msg}",
-            _ => "{prefix:7} {wide_bar} {percent:>3} %",
+            NARROW.. => "{phase:7} {wide_bar} {percent:>3} %  {numbers}",
+            _ => "{phase:7} {wide_bar} {percent:>3} %",
         };
         // A template that is wrong leaves the bar as it was.
         if let Ok(style) = ProgressStyle::with_template(template) {
+            let (phase, numbers) = (self.words.clone(), self.words.clone());
+            let write = |text: &str, out: &mut dyn Write| {
+                // There is no other place to say it.
+                let _ = out.write_str(text);
+            };
+            let style = style
+                .with_key("phase", move |_: &ProgressState, out: &mut dyn Write| write(lock(&phase).0, out))
+                .with_key("numbers", move |_: &ProgressState, out: &mut dyn Write| {
+                    write(&lock(&numbers).1, out);
+                });
             self.bar.set_style(style.progress_chars("━━─"));
         }
         self.columns = Some(columns);
@@ -62,14 +74,14 @@ impl Bar {
 impl Show for Bar {
     fn now(&mut self, standing: &Standing) {
         self.fit();
-        self.bar.set_prefix(standing.phase.word());
-        self.bar.set_message(numbers(standing, self.columns.unwrap_or(WIDE)));
-        self.bar.set_position((standing.fraction * PARTS as f64) as u64);
+        let numbers = numbers(standing, self.columns.unwrap_or(WIDE));
+        *lock(&self.words) = (standing.phase.word(), numbers);
+        self.bar.update(|state| state.set_pos((standing.fraction * PARTS as f64) as u64));
     }
 
     /// The line that tells what was done comes in its place.
     fn end(&mut self, _: &Standing, _: bool) {
-        *SHOWN.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *lock(&SHOWN) = None;
         self.bar.finish_and_clear();
     }
 }
@@ -90,4 +102,8 @@ fn numbers(standing: &Standing, columns: u16) -> String {
         _ => [Some(amount), None, left],
     };
     parts.into_iter().flatten().collect::<Vec<_>>().join("  ")
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
