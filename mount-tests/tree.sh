@@ -20,8 +20,9 @@ same_json() {
     same "$(jq -S . "$1")" "$(jq -S . "$2")"
 }
 
+# Returns when the server has let go of the image.
 unmount() {
-    umount mnt 2>/dev/null || fusermount3 -u mnt
+    "$rebasefs" umount mnt
 }
 
 # Nobody shall find a mount left behind.
@@ -84,11 +85,11 @@ walk_snapshots() {
 }
 
 walk_control() {
-    same "$(ls mnt/ctl)" "$(printf '%s\n' backing cancel chain info map rebase status)"
+    same "$(ls mnt/ctl)" "$(printf '%s\n' backing cancel chain info map partitions rebase status)"
     same_json mnt/ctl/info expected/info
     # No process has the image open for writing but ours, which has it for good.
     same "$(cat mnt/ctl/map)" "$(cat expected/map)"
-    for file in info map status chain backing; do
+    for file in info map partitions status chain backing; do
         cp "mnt/ctl/$file" copy
         cmp copy "mnt/ctl/$file"
         same "$(dd if="mnt/ctl/$file" bs=7 status=none | md5sum)" "$(md5sum <copy)"
@@ -149,6 +150,71 @@ rebase_unsafely() {
     cmp mnt/layers/1.raw moved.raw
 }
 
+# partitioned IMAGE NUMBER…: the partitions are those that sfdisk sees, as flat files; the last one
+# is an ext4 file system.
+partitioned() {
+    local image=$1 number start size
+    shift
+    mke2fs -q -t ext4 -d files fs.img 12M >/dev/null
+    last=${*: -1}
+    sfdisk -J disk.img >expected/table
+    read -r start size < <(jq -r ".partitiontable.partitions[-1] | \"\(.start) \(.size)\"" expected/table)
+    dd if=fs.img of=disk.img bs=512 seek="$start" conv=notrunc,sparse status=none
+    qemu-img convert -O qcow2 disk.img "$image"
+    qemu-io -c 'write -q -P 0x77 3M 64k' "$image"
+    qemu-img convert -O raw "$image" disk.img
+    "$rebasefs" mount "$image" mnt
+    same "$(ls mnt/partitions)" "$(printf '%s.raw\n' "$@" | sort)"
+    for number; do
+        read -r start size < <(jq -r ".partitiontable.partitions[] | select(.node == \"disk.img$number\") |
+            \"\(.start) \(.size)\"" expected/table)
+        dd if=disk.img of=expected/partition bs=512 skip="$start" count="$size" conv=sparse status=none
+        truncate -s $((size * 512)) expected/partition
+        same_file "mnt/partitions/$number.raw" expected/partition
+        same "$(jq ".[] | select(.number == $number) | .start, .length" mnt/ctl/partitions)" \
+            "$(printf '%s\n' $((start * 512)) $((size * 512)))"
+    done
+    debugfs -R 'cat hello' "mnt/partitions/$last.raw" 2>/dev/null | cmp - files/hello
+    # Only root can.
+    if ((EUID == 0)); then
+        mkdir -p guest
+        mount -o ro,loop "mnt/partitions/$last.raw" guest
+        cmp guest/hello files/hello
+        umount guest
+    fi
+    [[ ! -e mnt/partitions/4.raw && ! -e mnt/partitions/0.raw ]] || fail 'a partition that is none'
+    unmount
+}
+
+partitions() {
+    mkdir files
+    echo world >files/hello
+    truncate -s 24M disk.img
+    sfdisk -q disk.img <<<'label: gpt
+        size=2M, type=U, name="EFI system"
+        size=4M, type=S
+        type=L, name="größe"'
+    partitioned gpt.qcow2 1 2 3
+    "$rebasefs" mount gpt.qcow2 mnt
+    same "$(jq -r '.[] | .type, .name' mnt/ctl/partitions)" \
+        "$(jq -r '.partitiontable.partitions[] | (.type | ascii_downcase), .name // ""' expected/table)"
+    unmount
+    # Without its first GPT there is still the copy at the end.
+    qemu-io -c 'write -q -z 512 1024' gpt.qcow2
+    "$rebasefs" mount gpt.qcow2 mnt
+    same "$(ls mnt/partitions)" "$(printf '%s.raw\n' 1 2 3)"
+    unmount
+    rm disk.img
+    truncate -s 24M disk.img
+    sfdisk -q disk.img <<<'label: dos
+        size=2M, type=c
+        size=2M, type=82
+        type=5
+        start=14336, size=1M, type=83
+        type=83'
+    partitioned mbr.qcow2 1 2 5 6
+}
+
 make_images
 ask_qemu
 mkdir mnt
@@ -158,3 +224,4 @@ rebase
 rebase_unsafely
 unmount
 qemu-img check -q cow.qcow2
+partitions

@@ -10,6 +10,7 @@ use std::thread;
 use std::time::Duration;
 
 use super::flat::{Allocated, Flat, Seek};
+use super::partitions::Partition;
 use super::parts::{Folder, Part, Parts};
 use crate::chain::{Chain, Watch};
 use crate::error::{Error, ErrorKind, Result};
@@ -153,6 +154,12 @@ impl Image {
     pub(super) fn parts(&self, folder: Folder, skip: usize, take: usize) -> Result<Vec<(String, Part)>> {
         let moment = self.moment();
         moment.parts.list(moment.disk.chain(), folder, skip, take)
+    }
+
+    /// The partitions of the disk.
+    pub(super) fn partitions(&self) -> Result<Arc<[Partition]>> {
+        let moment = self.moment();
+        moment.parts.partitions(moment.disk.chain())
     }
 
     /// The snapshots and partitions that somebody has looked at since the mount began.

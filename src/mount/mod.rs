@@ -4,13 +4,14 @@
 //! [`Mount`] says what to mount where; [`Mount::start`] makes it, [`Mounted::serve`] lives with
 //! it; [`unmount()`] takes it down from another process. `adapter` is all that knows FUSE requests;
 //! `view` is the file system without them, made of `tree` (inodes and names), `image` (the chain of the
-//! moment, as flat files: `flat`; its layers and snapshots: `parts`) and `control` (commands and jobs).
+//! moment, as flat files: `flat`; its layers, snapshots and partitions: `parts`) and `control` (commands and jobs).
 
 mod adapter;
 mod control;
 mod flat;
 mod image;
 mod options;
+mod partitions;
 mod parts;
 mod point;
 mod session;

@@ -7,11 +7,12 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::flat::Flat;
+use super::partitions::{Disk, Partition};
 use super::snapshots::Snapshots;
 use crate::chain::Chain;
 use crate::error::{Error, ErrorKind, Result};
-use crate::layer::Layer;
 use crate::layer::qcow2::Qcow2;
+use crate::layer::{GuestOffset, Layer};
 
 /// So many parts are kept open. Each has tables in memory.
 const MAX_OPEN: usize = 16;
@@ -26,12 +27,15 @@ pub(super) enum Part {
     Layer(u32),
     /// An internal snapshot, by its place in the table of snapshots.
     Snapshot(u32),
+    /// A partition, by the number that the kernel gives it.
+    Partition(u32),
 }
 
 /// Where parts lie in the tree.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Folder {
     Layers,
+    Partitions,
     Snapshots,
 }
 
@@ -39,6 +43,7 @@ pub(super) enum Folder {
 #[derive(Debug)]
 pub(super) struct Parts {
     snapshots: Mutex<Option<Arc<Snapshots>>>,
+    partitions: Mutex<Option<Arc<[Partition]>>>,
     /// Those that are open, the last one used at the end.
     open: Mutex<Vec<(Part, Arc<Flat>)>>,
     /// All that were ever opened, of this chain and those before it, but layers.
@@ -47,7 +52,8 @@ pub(super) struct Parts {
 
 impl Parts {
     pub(super) fn new(viewed: Arc<Mutex<BTreeSet<Part>>>) -> Self {
-        Self { snapshots: Mutex::default(), open: Mutex::default(), viewed }
+        let (snapshots, partitions, open) = (Mutex::default(), Mutex::default(), Mutex::default());
+        Self { snapshots, partitions, open, viewed }
     }
 
     pub(super) fn viewed(&self) -> Arc<Mutex<BTreeSet<Part>>> {
@@ -64,6 +70,11 @@ impl Parts {
         let Some(name) = name.strip_suffix(SUFFIX) else { return Ok(None) };
         Ok(match folder {
             Folder::Layers => number(name).filter(|n| *n < layers(chain)).map(Part::Layer),
+            Folder::Partitions => {
+                let partitions = self.partitions(chain)?;
+                let is_there = |n: &u32| partitions.iter().any(|partition| partition.number == *n);
+                number(name).filter(is_there).map(Part::Partition)
+            }
             Folder::Snapshots => self.snapshots(chain)?.named(name).map(Part::Snapshot),
         })
     }
@@ -80,6 +91,11 @@ impl Parts {
         Ok(match folder {
             Folder::Layers => {
                 (0..layers(chain)).skip(skip).take(take).map(|n| file(&n, Part::Layer(n))).collect()
+            }
+            Folder::Partitions => {
+                let partitions = self.partitions(chain)?;
+                let numbers = partitions.iter().map(|partition| partition.number).skip(skip).take(take);
+                numbers.map(|n| file(&n, Part::Partition(n))).collect()
             }
             Folder::Snapshots => {
                 let snapshots = self.snapshots(chain)?;
@@ -123,6 +139,12 @@ impl Parts {
             Part::Layer(0) => Flat::whole(chain.clone()),
             Part::Layer(depth) if depth < layers(chain) => Flat::whole(chain.below(depth as usize - 1)),
             Part::Layer(_) => return Err(gone("layer")),
+            Part::Partition(n) => {
+                let partitions = self.partitions(chain)?;
+                let found = partitions.iter().find(|partition| partition.number == n);
+                let Some(Partition { start, length, .. }) = found else { return Err(gone("partition")) };
+                Flat::part(chain.clone(), *start, *length)
+            }
             Part::Snapshot(n) => {
                 let snapshots = self.snapshots(chain)?;
                 let top = chain.top().and_then(|top| top.as_qcow2());
@@ -143,6 +165,17 @@ impl Parts {
         let image = chain.top().and_then(|top| top.as_qcow2());
         let found = image.map(Qcow2::snapshots).transpose()?.unwrap_or_default();
         Ok(known.insert(Arc::new(Snapshots::new(found))).clone())
+    }
+
+    /// The partitions of the disk.
+    pub(super) fn partitions(&self, chain: &Chain) -> Result<Arc<[Partition]>> {
+        let mut known = lock(&self.partitions);
+        if let Some(known) = &*known {
+            return Ok(known.clone());
+        }
+        let read = |at, buffer: &mut [u8]| chain.read_at(GuestOffset(at), buffer);
+        let found = Disk { size: chain.virtual_size(), read: &read }.partitions()?;
+        Ok(known.insert(found.into()).clone())
     }
 }
 

@@ -1,4 +1,4 @@
-//! The names in the mounted tree: inode ↔ node, and the names of what is always there. Knows neither
+//! The names in the mounted tree: inode ↔ node, and the names that are always the same. Knows neither
 //! what the files hold nor how parts of an image are named.
 
 use super::parts::{Folder, Part};
@@ -38,6 +38,7 @@ pub(super) enum ControlFile {
     Chain,
     Info,
     Map,
+    Partitions,
     Rebase,
     Status,
 }
@@ -52,27 +53,29 @@ impl ControlFile {
     }
 }
 
-/// What is always in the root.
-const ROOT: [(&str, Node); 4] = [
+/// What can be in the root; partitions are not, if the disk has none.
+const ROOT: [(&str, Node); 5] = [
     ("disk.raw", Node::Disk),
     ("ctl", Node::Directory(Directory::Control)),
     ("layers", Node::Directory(Directory::Parts(Folder::Layers))),
+    ("partitions", Node::Directory(Directory::Parts(Folder::Partitions))),
     ("snapshots", Node::Directory(Directory::Parts(Folder::Snapshots))),
 ];
 
 /// What is in `ctl/`.
-const CONTROL: [(&str, Node); 7] = [
+const CONTROL: [(&str, Node); 8] = [
     ("backing", Node::Control(ControlFile::Backing)),
     ("cancel", Node::Control(ControlFile::Cancel)),
     ("chain", Node::Control(ControlFile::Chain)),
     ("info", Node::Control(ControlFile::Info)),
     ("map", Node::Control(ControlFile::Map)),
+    ("partitions", Node::Control(ControlFile::Partitions)),
     ("rebase", Node::Control(ControlFile::Rebase)),
     ("status", Node::Control(ControlFile::Status)),
 ];
 
 impl Directory {
-    /// The names in it that are always there.
+    /// The names in it that are always the same.
     pub(super) fn names(self) -> &'static [(&'static str, Node)] {
         match self {
             Self::Root => &ROOT,
@@ -100,6 +103,7 @@ impl Inode {
             (2, 0) => None,
             (2, n) => Some(Node::Part(Part::Layer(n))),
             (3, n) => Some(Node::Part(Part::Snapshot(n))),
+            (4, n) => Some(Node::Part(Part::Partition(n))),
             _ => None,
         }
     }
@@ -121,6 +125,7 @@ impl Node {
             Self::Control(_) => (1, place(&CONTROL).unwrap_or_default() as u32),
             Self::Part(Part::Layer(n)) => (2, n),
             Self::Part(Part::Snapshot(n)) => (3, n),
+            Self::Part(Part::Partition(n)) => (4, n),
         };
         let has_incarnations = matches!(self, Self::Control(_) | Self::Part(Part::Layer(_)));
         let high = u64::from(if has_incarnations { incarnation } else { 0 });
@@ -134,8 +139,9 @@ mod tests {
 
     #[test]
     fn every_node_has_an_inode_and_leads_back() {
-        let parts = [Part::Layer(1), Part::Layer(4096), Part::Snapshot(0), Part::Snapshot(65535)];
-        let nodes = ROOT.iter().chain(&CONTROL).map(|(_, node)| *node).chain(parts.map(Node::Part));
+        let parts = [1, 4096].map(Part::Layer).into_iter().chain([0, 65535].map(Part::Snapshot));
+        let parts = parts.chain([1, 4096].map(Part::Partition)).map(Node::Part);
+        let nodes = ROOT.iter().chain(&CONTROL).map(|(_, node)| *node).chain(parts);
         let nodes = [Node::Directory(Directory::Root)].into_iter().chain(nodes);
         let mut seen = Vec::new();
         for node in nodes {

@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime};
 use super::control::{Answer, Control, Opened, Writer};
 use super::flat::{Allocated, Flat, Seek};
 use super::image::Image;
-use super::parts::Part;
+use super::parts::{Folder, Part};
 use super::tree::{ControlFile, Directory, Inode, Node};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -106,7 +106,7 @@ impl View {
         let directory = directory(parent)?;
         let always = directory.names().iter().find(|(other, _)| *other == name);
         let found = match (always, directory) {
-            (Some((_, node)), _) => Some(*node),
+            (Some((_, node)), _) => Some(*node).filter(|node| self.is_there(*node)),
             (None, Directory::Parts(folder)) => {
                 let part = self.image.part_named(folder, name).map_err(|e| data_error(&e))?;
                 part.map(Node::Part)
@@ -114,6 +114,17 @@ impl View {
             (None, _) => None,
         };
         self.attributes(self.inode(found.ok_or_else(no_such_file)?))
+    }
+
+    /// Whether there is anything behind a name that is always the same: a disk may have no partitions.
+    fn is_there(&self, node: Node) -> bool {
+        match node {
+            Node::Directory(Directory::Parts(folder @ Folder::Partitions)) => {
+                let first = self.image.parts(folder, 0, 1).map_err(|e| data_error(&e));
+                first.is_ok_and(|first| !first.is_empty())
+            }
+            _ => true,
+        }
     }
 
     /// The inode of a node as it is now.
@@ -193,7 +204,8 @@ impl View {
             name,
             is_directory: matches!(node, Node::Directory(_)),
         };
-        let always = directory.names().iter().map(|(name, node)| child(((*name).to_owned(), *node)));
+        let always = directory.names().iter().filter(|(_, node)| self.is_there(*node));
+        let always = always.map(|(name, node)| child(((*name).to_owned(), *node)));
         let always: Vec<Child> = dots.into_iter().chain(always).collect();
         let parts = match directory {
             Directory::Parts(folder) => {
@@ -210,7 +222,7 @@ impl View {
     pub(super) fn open(&self, inode: Inode) -> Result<(u64, Pages)> {
         let (open, pages) = match inode.node().ok_or_else(no_such_file)? {
             Node::Directory(_) => return Err(Error::new(ErrorKind::IsDirectory, "a directory")),
-            Node::Disk | Node::Part(Part::Snapshot(_)) => return Ok((0, Pages::Kept)),
+            Node::Disk | Node::Part(Part::Snapshot(_) | Part::Partition(_)) => return Ok((0, Pages::Kept)),
             Node::Control(file) => (Open::Control(Arc::new(Mutex::new(Opened::new(file)))), Pages::None),
             Node::Part(part @ Part::Layer(_)) => {
                 let flat = match self.past_layer(inode, part) {
@@ -237,7 +249,7 @@ impl View {
         if inode == Inode::DISK {
             return self.image.read(offset, buffer).map_err(|e| data_error(&e));
         }
-        if let Some(Node::Part(part @ Part::Snapshot(_))) = inode.node() {
+        if let Some(Node::Part(part @ (Part::Snapshot(_) | Part::Partition(_)))) = inode.node() {
             let read = self.image.part(part).and_then(|view| view.read(offset, buffer));
             return read.map_err(|e| data_error(&e));
         }
@@ -286,7 +298,7 @@ impl View {
     pub(super) fn seek(&self, inode: Inode, handle: u64, offset: u64, goal: Seek) -> Result<Option<u64>> {
         let found = match inode.node() {
             Some(Node::Disk) => self.image.seek(offset, goal),
-            Some(Node::Part(part @ Part::Snapshot(_))) => {
+            Some(Node::Part(part @ (Part::Snapshot(_) | Part::Partition(_)))) => {
                 self.image.part(part).and_then(|view| view.seek(offset, goal))
             }
             _ => match self.opened(handle)? {

@@ -179,6 +179,7 @@ impl Control {
             ControlFile::Backing => report::backing(&chain),
             ControlFile::Chain => report::chain(&chain),
             ControlFile::Info => report::info(&chain)?,
+            ControlFile::Partitions => report::partitions(&self.image.partitions()?)?,
             ControlFile::Status => {
                 let changes = self.look_at_backing_files();
                 let state = self.state();
@@ -224,9 +225,11 @@ impl Control {
                 Ok(Some(line)) => self.submit(opened.command(line), writer, answer),
                 Err(e) => self.submit(Err(e), writer, answer),
             },
-            ControlFile::Chain | ControlFile::Info | ControlFile::Map | ControlFile::Status => {
-                answer(Err(ErrorKind::PermissionDenied.errno()));
-            }
+            ControlFile::Chain
+            | ControlFile::Info
+            | ControlFile::Map
+            | ControlFile::Partitions
+            | ControlFile::Status => answer(Err(ErrorKind::PermissionDenied.errno())),
         }
     }
 

@@ -7,6 +7,7 @@ use super::{Outcome, Running};
 use crate::chain::info::{ImageInfo, json};
 use crate::chain::{Chain, Change};
 use crate::error::{Error, ErrorKind, Result};
+use crate::mount::partitions::Partition;
 use crate::rebase::{Phase, Progress, Report};
 
 /// `ctl/backing`: the backing file as the header names it, byte for byte; empty if there is none.
@@ -41,6 +42,11 @@ pub(super) fn info(chain: &Chain) -> Result<Vec<u8>> {
     }
     text += if text.is_empty() { "[]\n" } else { "\n]\n" };
     Ok(text.into_bytes())
+}
+
+/// `ctl/partitions`: what the partition table says, as JSON.
+pub(super) fn partitions(partitions: &[Partition]) -> Result<Vec<u8>> {
+    Ok((json(&partitions)? + "\n").into_bytes())
 }
 
 /// `ctl/status`: lines of `key: value`.
