@@ -1,5 +1,6 @@
 //! Control files: what a write to `ctl/backing` does, how it fails, and who may stop it.
 
+mod difference;
 mod rebase;
 
 use std::fs::File;
@@ -94,6 +95,33 @@ fn a_name_may_come_in_pieces_and_with_spaces_and_accents() {
     // The same opening serves for another command.
     file.write_all(b"base.raw\n").unwrap();
     assert_eq!(mounted.says("backing"), "base.raw\n");
+}
+
+#[test]
+fn a_line_may_be_written_with_every_usual_tool() {
+    let scratch = old_and_new();
+    scratch.write("line", b"new.raw\n");
+    let mounted = Mounted::new(&scratch, "cow.qcow2");
+    let before = mounted.bytes();
+    for (number, way) in [
+        "echo new.raw > ctl/backing",
+        "echo new.raw >> ctl/backing",
+        "printf %s new.raw > ctl/backing",
+        "echo new.raw | tee ctl/backing > /dev/null",
+        "cp ../line ctl/backing",
+        "cat ../line > ctl/backing",
+        "dd if=../line of=ctl/backing bs=3 status=none",
+        "truncate -s 0 ctl/backing && cat ../line 1<> ctl/backing",
+        "python3 -c 'open(\"ctl/backing\", \"w\").write(\"new.raw\\n\")'",
+    ]
+    .iter()
+    .enumerate()
+    {
+        assert_eq!(mounted.shell(way), (Some(0), String::new()), "{way}");
+        assert_eq!(mounted.says("backing"), "new.raw\n", "{way}");
+        assert_eq!(mounted.shell(&format!("echo {} > ctl/backing", ["base.raw", ""][number % 2])).0, Some(0));
+    }
+    assert_eq!(mounted.bytes(), before);
 }
 
 #[test]

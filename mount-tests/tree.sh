@@ -85,7 +85,7 @@ walk_snapshots() {
 }
 
 walk_control() {
-    same "$(ls mnt/ctl)" "$(printf '%s\n' backing cancel chain info map partitions rebase status)"
+    same "$(ls mnt/ctl)" "$(printf '%s\n' backing cancel chain difference info map partitions rebase status)"
     same_json mnt/ctl/info expected/info
     # No process has the image open for writing but ours, which has it for good.
     same "$(cat mnt/ctl/map)" "$(cat expected/map)"
@@ -102,7 +102,7 @@ walk_modes() {
     same "$(find mnt ! -uid "$(id -u)")" ''
     same "$(find mnt -perm /0133 ! -type d)" ''
     same "$(find mnt -type d ! -perm 0555)" ''
-    same "$(find mnt -type f -perm -0200 | sort)" "$(printf 'mnt/ctl/%s\n' backing cancel rebase)"
+    same "$(find mnt -type f -perm -0200 | sort)" "$(printf 'mnt/ctl/%s\n' backing cancel difference rebase)"
     same "$(find mnt -samefile mnt/disk.raw | sort)" "$(printf '%s\n' mnt/disk.raw mnt/layers/0.raw)"
     # find has followed everything to its end, and every name leads somewhere.
     find mnt -type f ! -name cancel -exec cat {} + >/dev/null

@@ -36,6 +36,7 @@ pub(super) enum ControlFile {
     Backing,
     Cancel,
     Chain,
+    Difference,
     Info,
     Map,
     Partitions,
@@ -45,7 +46,7 @@ pub(super) enum ControlFile {
 
 impl ControlFile {
     pub(super) fn is_writable(self) -> bool {
-        matches!(self, Self::Backing | Self::Cancel | Self::Rebase)
+        matches!(self, Self::Backing | Self::Cancel | Self::Difference | Self::Rebase)
     }
 
     pub(super) fn is_readable(self) -> bool {
@@ -63,10 +64,11 @@ const ROOT: [(&str, Node); 5] = [
 ];
 
 /// What is in `ctl/`.
-const CONTROL: [(&str, Node); 8] = [
+const CONTROL: [(&str, Node); 9] = [
     ("backing", Node::Control(ControlFile::Backing)),
     ("cancel", Node::Control(ControlFile::Cancel)),
     ("chain", Node::Control(ControlFile::Chain)),
+    ("difference", Node::Control(ControlFile::Difference)),
     ("info", Node::Control(ControlFile::Info)),
     ("map", Node::Control(ControlFile::Map)),
     ("partitions", Node::Control(ControlFile::Partitions)),

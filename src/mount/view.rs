@@ -172,11 +172,14 @@ impl View {
 
     fn attributes_of_control(&self, inode: Inode, file: ControlFile) -> Attributes {
         let readable = if file.is_readable() { 0o444 } else { 0 };
-        // A dry run needs no image that can be written.
-        let is_writable = file.is_writable() && (self.control.is_writable() || file == ControlFile::Rebase);
+        // A dry run and a comparison need no image that can be written.
+        let may_only_look = matches!(file, ControlFile::Difference | ControlFile::Rebase);
+        let is_writable = file.is_writable() && (self.control.is_writable() || may_only_look);
         let (size, valid) = match file {
             // `cat` into a file lets the kernel copy, and that copies no more than the size.
-            ControlFile::Rebase => (self.control.rehearsed_bytes().max(PAGE), Duration::ZERO),
+            ControlFile::Difference | ControlFile::Rebase => {
+                (self.control.found_bytes(file).max(PAGE), Duration::ZERO)
+            }
             _ if file.is_writable() => (PAGE, FOREVER),
             _ => (0, FOREVER),
         };

@@ -27,7 +27,7 @@ mod verify;
 
 use std::sync::Arc;
 
-pub use difference::{ChainKey, Difference, Differences};
+pub use difference::{ChainKey, Difference, Differences, look};
 pub use many::{Looked, Many, Together};
 pub use options::Options;
 pub use progress::{Phase, Progress};

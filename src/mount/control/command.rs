@@ -6,6 +6,7 @@ use std::path::Path;
 
 use super::words;
 use crate::error::{Error, Result};
+use crate::layer::Reference;
 use crate::rebase::{Mode, Options, Request};
 
 /// No command is longer, in bytes. A backing file name has at most 1023.
@@ -67,8 +68,19 @@ impl Line {
 /// A job that somebody asks for.
 #[derive(Clone, Debug)]
 pub(super) struct Command {
+    pub(super) task: Task,
     pub(super) options: Options,
     pub(super) request: Request,
+}
+
+/// What is to be done with the backing file that a command names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Task {
+    Rebase,
+    /// Find out what a rebase would do.
+    Rehearse,
+    /// Find out where it differs from the present one.
+    Compare,
 }
 
 impl Command {
@@ -76,18 +88,25 @@ impl Command {
     /// one a flattening. Spaces belong to the name.
     pub(super) fn backing(line: Vec<u8>) -> Result<Self> {
         refuse_stray_bytes(&line, "the name")?;
-        Self::new(Options::onto(OsString::from_vec(line)))
+        Self::new(Task::Rebase, Options::onto(OsString::from_vec(line)))
+    }
+
+    /// What a line in `ctl/difference` asks for: a comparison with the file that it names, an empty one
+    /// with none. Spaces belong to the name.
+    pub(super) fn difference(line: Vec<u8>) -> Result<Self> {
+        Ok(Self { task: Task::Compare, ..Self::backing(line)? })
     }
 
     /// What a line in `ctl/rebase` asks for: the options of `rebasefs rebase`, as a shell splits
     /// them.
     pub(super) fn rebase(line: &[u8]) -> Result<Self> {
         refuse_stray_bytes(line, "the line")?;
-        Self::new(words::options(line)?)
+        let options = words::options(line)?;
+        Self::new(if options.dry_run { Task::Rehearse } else { Task::Rebase }, options)
     }
 
-    fn new(options: Options) -> Result<Self> {
-        Ok(Self { request: options.request()?, options })
+    fn new(task: Task, options: Options) -> Result<Self> {
+        Ok(Self { task, request: options.request()?, options })
     }
 
     /// Whether it lets guests see other bytes.
@@ -97,16 +116,22 @@ impl Command {
 
     /// In words that can be read in a sentence.
     pub(super) fn in_words(&self) -> String {
-        let kind = match (self.options.dry_run, self.request.mode) {
-            (true, _) => "dry run: ",
-            (false, Mode::Unsafe) => "unsafe: ",
-            (false, Mode::Safe) => "",
+        let kind = match (self.task, self.request.mode) {
+            (Task::Compare, _) => return format!("comparison with {}", self.backing_in_words()),
+            (Task::Rehearse, _) => "dry run: ",
+            (Task::Rebase, Mode::Unsafe) => "unsafe: ",
+            (Task::Rebase, Mode::Safe) => "",
         };
         match &self.request.backing {
-            Some(backing) => format!("{kind}rebase onto '{}'", Path::new(&backing.name).display()),
+            Some(_) => format!("{kind}rebase onto {}", self.backing_in_words()),
             None if self.changes_bytes() => format!("{kind}remove the backing file"),
             None => format!("{kind}flatten"),
         }
+    }
+
+    fn backing_in_words(&self) -> String {
+        let name = |backing: &Reference| format!("'{}'", Path::new(&backing.name).display());
+        self.request.backing.as_ref().map_or_else(|| "no backing file".to_owned(), name)
     }
 }
 
@@ -173,6 +198,8 @@ mod tests {
         assert_eq!(words(b"-u -F raw -b 'a b'"), "unsafe: rebase onto 'a b'");
         assert_eq!(words(b"-b ''"), "flatten");
         assert_eq!(words(b"-u -b ''"), "unsafe: remove the backing file");
+        let words = |line: &[u8]| Command::difference(line.to_vec()).unwrap().in_words();
+        assert_eq!([words(b"a b"), words(b"")], ["comparison with 'a b'", "comparison with no backing file"]);
     }
 
     #[test]

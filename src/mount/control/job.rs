@@ -8,10 +8,10 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
 use std::time::Duration;
 
-use super::{Answer, Bytes, Command, Control, Outcome, Running, State, Writer};
+use super::{Answer, Bytes, Command, Control, Done, Outcome, Running, State, Task, Writer, report};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::file::CacheMode;
-use crate::rebase::{Progress, Rehearsal, Report, rebase, reclaim, rehearse};
+use crate::rebase::{Progress, Rehearsal, Report, look, rebase, reclaim, rehearse};
 
 /// How often to look whether the writer wants to stop.
 const WATCH: Duration = Duration::from_millis(100);
@@ -40,7 +40,7 @@ impl Control {
     fn refuse_read_only(&self, command: &Command) -> Result<()> {
         match &self.read_only {
             None => Ok(()),
-            Some(_) if command.options.dry_run => Ok(()),
+            Some(_) if command.task != Task::Rebase => Ok(()),
             Some(why) => {
                 Err(Error::new(why.kind(), format!("the image could be opened for reading only: {why}")))
             }
@@ -69,7 +69,7 @@ impl Control {
     }
 
     /// Runs a rebase, and stops it when its writer wants to stop.
-    fn watch(&self, job: &Running, writer: Writer) -> Result<Report> {
+    fn watch(&self, job: &Running, writer: Writer) -> Result<Done> {
         thread::scope(|scope| {
             let (sender, receiver) = channel();
             scope.spawn(move || sender.send(self.run(job)));
@@ -86,16 +86,24 @@ impl Control {
         })
     }
 
-    fn run(&self, job: &Running) -> Result<Report> {
+    fn run(&self, job: &Running) -> Result<Done> {
         let not_yet = || Error::new(ErrorKind::Busy, "the mount is not ready yet");
         let mounted = self.mounted.get().ok_or_else(not_yet)?;
-        let Running { command: Command { options, request }, progress } = job;
+        let Running { command: Command { task, options, request }, progress } = job;
         self.look_at_backing_files();
         // A new one for each job: it would keep the files of old chains open.
         let opener = mounted.opener.renewed().caching(CacheMode::default(), options.backing_cache);
-        if options.dry_run {
-            let found = rehearse(&self.image.chain(), &opener, request, progress)?;
-            return Ok(self.show(&found));
+        match task {
+            Task::Rebase => {}
+            Task::Rehearse => {
+                let found = rehearse(&self.image.chain(), &opener, request, progress)?;
+                return Ok(Done::Rebased(self.show(&found)));
+            }
+            Task::Compare => {
+                let found = look(&self.image.chain(), &opener, request, progress)?;
+                self.state().compared = report::difference(&self.image.chain(), request, &found).into();
+                return Ok(Done::Compared(found.bytes()));
+            }
         }
         let (chain, mut report) = rebase(&self.image.chain(), &opener, request, progress)?;
         self.image.replace(chain.clone());
@@ -106,7 +114,7 @@ impl Control {
             (mounted.replaced)(Bytes::Same);
             report.reclaimed = reclaimed.doing(|| "reclaiming space after the rebase".to_owned())?;
         }
-        Ok(report)
+        Ok(Done::Rebased(report))
     }
 
     /// Lets `ctl/rebase` read as what a dry run found.
@@ -119,7 +127,7 @@ impl Control {
     }
 
     /// Notes what came of a job, for `ctl/status` and for the writer.
-    fn record(&self, job: Arc<Running>, result: Result<Report>) -> Result<(), i32> {
+    fn record(&self, job: Arc<Running>, result: Result<Done>) -> Result<(), i32> {
         let errno = result.as_ref().map(drop).map_err(Error::errno);
         match &result {
             Ok(_) => log::info!("{}: done", job.command.in_words()),

@@ -22,7 +22,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::rebase::{Progress, Report};
 use backing_files::BackingFiles;
 pub use command::in_words;
-use command::{Command, Line};
+use command::{Command, Line, Task};
 use map::MapText;
 pub(super) use writer::Writer;
 
@@ -68,6 +68,8 @@ struct State {
     last: Option<Outcome>,
     /// What the last dry run found, as text: what `ctl/rebase` reads as.
     rehearsed: Arc<[u8]>,
+    /// The same of the last comparison, and `ctl/difference`.
+    compared: Arc<[u8]>,
     /// Why a command was turned away while another ran.
     refused: Option<String>,
     is_closed: bool,
@@ -82,7 +84,16 @@ struct Running {
 struct Outcome {
     /// The job as it ended; `None` if what was asked for could not be understood.
     asked: Option<Arc<Running>>,
-    result: Result<Report>,
+    result: Result<Done>,
+}
+
+/// What a job that succeeded has done.
+#[derive(Clone, Copy, Debug)]
+enum Done {
+    /// It rebased, or found out what a rebase would do.
+    Rebased(Report),
+    /// It found so many bytes in which backing files differ.
+    Compared(u64),
 }
 
 /// One opening of a control file: what was written to it, and what is being read from it.
@@ -104,6 +115,7 @@ impl Opened {
     /// What a line that was written to it asks for.
     fn command(&self, line: Vec<u8>) -> Result<Command> {
         match self.file {
+            ControlFile::Difference => Command::difference(line),
             ControlFile::Rebase => Command::rebase(&line),
             _ => Command::backing(line),
         }
@@ -194,7 +206,7 @@ impl Control {
                 status.extend(format!("server: {}\n", std::process::id()).into_bytes());
                 status
             }
-            ControlFile::Rebase => self.state().rehearsed.to_vec(),
+            ControlFile::Difference | ControlFile::Rebase => self.found(file).to_vec(),
             ControlFile::Cancel | ControlFile::Map => Vec::new(),
         })
     }
@@ -204,9 +216,14 @@ impl Control {
         self.backing_files.look(self.image.watch())
     }
 
-    /// How many bytes `ctl/rebase` has to read.
-    pub(super) fn rehearsed_bytes(&self) -> u64 {
-        self.state().rehearsed.len() as u64
+    /// How many bytes there are to read of what was asked for in `ctl/difference` or `ctl/rebase`.
+    pub(super) fn found_bytes(&self, file: ControlFile) -> u64 {
+        self.found(file).len() as u64
+    }
+
+    fn found(&self, file: ControlFile) -> Arc<[u8]> {
+        let state = self.state();
+        if file == ControlFile::Difference { state.compared.clone() } else { state.rehearsed.clone() }
     }
 
     /// Takes bytes written to a control file. `answer` is called when the command that they
@@ -217,14 +234,16 @@ impl Control {
                 self.cancel();
                 answer(Ok(()));
             }
-            ControlFile::Backing | ControlFile::Rebase => match opened.line.push(bytes) {
-                Ok(None) => {
-                    opened.writer = Some(writer);
-                    answer(Ok(()));
+            ControlFile::Backing | ControlFile::Difference | ControlFile::Rebase => {
+                match opened.line.push(bytes) {
+                    Ok(None) => {
+                        opened.writer = Some(writer);
+                        answer(Ok(()));
+                    }
+                    Ok(Some(line)) => self.submit(opened.command(line), writer, answer),
+                    Err(e) => self.submit(Err(e), writer, answer),
                 }
-                Ok(Some(line)) => self.submit(opened.command(line), writer, answer),
-                Err(e) => self.submit(Err(e), writer, answer),
-            },
+            }
             ControlFile::Chain
             | ControlFile::Info
             | ControlFile::Map

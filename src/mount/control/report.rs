@@ -1,14 +1,17 @@
 //! What the control files say: text of lines. State → text.
 
-use std::fmt::Display;
+use std::ffi::OsStr;
+use std::fmt::{Display, Write};
 use std::os::unix::ffi::OsStrExt;
 
-use super::{Outcome, Running};
+use serde_json::Value;
+
+use super::{Done, Outcome, Running, Task};
 use crate::chain::info::{ImageInfo, json};
 use crate::chain::{Chain, Change};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mount::partitions::Partition;
-use crate::rebase::{Phase, Progress, Report};
+use crate::rebase::{Difference, Phase, Progress, Report, Request};
 
 /// `ctl/backing`: the backing file as the header names it, byte for byte; empty if there is none.
 pub(super) fn backing(chain: &Chain) -> Vec<u8> {
@@ -47,6 +50,25 @@ pub(super) fn info(chain: &Chain) -> Result<Vec<u8>> {
 /// `ctl/partitions`: what the partition table says, as JSON.
 pub(super) fn partitions(partitions: &[Partition]) -> Result<Vec<u8>> {
     Ok((json(&partitions)? + "\n").into_bytes())
+}
+
+/// `ctl/difference`: which guest bytes another backing file would show otherwise, as JSON, a line a
+/// range.
+pub(super) fn difference(chain: &Chain, asked: &Request, found: &Difference) -> Vec<u8> {
+    let text = |path: &dyn AsRef<OsStr>| Value::from(path.as_ref().to_string_lossy());
+    let image = chain.top().map_or(Value::Null, |top| text(&top.file().path()));
+    let backing = asked.backing.as_ref().map_or(Value::Null, |backing| text(&backing.name));
+    let bytes = found.bytes();
+    let mut json = format!(
+        "{{\n  \"filename\": {image},\n  \"backing-filename\": {backing},\n  \"different\": {bytes},\n  \"ranges\": ["
+    );
+    for (number, (start, length)) in found.ranges().enumerate() {
+        let separator = if number == 0 { "" } else { "," };
+        // Writing to a string cannot fail.
+        let _ = write!(json, "{separator}\n    {{ \"start\": {}, \"length\": {length} }}", start.0);
+    }
+    json += if bytes == 0 { "]\n}\n" } else { "\n  ]\n}\n" };
+    json.into_bytes()
 }
 
 /// `ctl/status`: lines of `key: value`.
@@ -115,7 +137,11 @@ impl Lines {
             self.add("request", asked.command.in_words());
         }
         match (&outcome.result, &outcome.asked) {
-            (Ok(report), asked) => {
+            (Ok(Done::Compared(bytes)), _) => {
+                self.add("phase", Phase::Done.word());
+                self.add("bytes-different", bytes);
+            }
+            (Ok(Done::Rebased(report)), asked) => {
                 self.add("phase", Phase::Done.word());
                 // Nobody has looked at bytes otherwise.
                 if asked.as_ref().is_none_or(|asked| !asked.command.changes_bytes()) {
@@ -145,7 +171,7 @@ impl Lines {
         }
         self.add("phase", job.progress.phase().word());
         self.come_so_far(&job.progress);
-        if !job.command.options.dry_run {
+        if job.command.task == Task::Rebase {
             self.add("bytes-kept", job.progress.kept());
         }
     }
@@ -185,7 +211,7 @@ mod tests {
         );
         running.progress.cancel();
         assert!(text(Some(&running), None).starts_with("state: stopping\n"));
-        let done = Outcome { asked: Some(job("").into()), result: Ok(Report::default()) };
+        let done = Outcome { asked: Some(job("").into()), result: Ok(Done::Rebased(Report::default())) };
         assert!(text(None, Some(&done)).contains("state: done\nbacking:\nrequest: flatten\nphase: done\n"));
     }
 

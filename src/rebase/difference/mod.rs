@@ -6,12 +6,14 @@
 
 mod find;
 mod layers;
+mod look;
 mod saved;
 mod shared;
 
 use std::collections::BTreeMap;
 
 pub use layers::ChainKey;
+pub use look::look;
 pub use shared::Differences;
 
 use crate::layer::GuestOffset;
@@ -37,6 +39,11 @@ impl Difference {
             Some((start, _)) if *start > at.0 => (false, length.min(start - at.0)),
             Some((_, end)) => (true, length.min(end - at.0)),
         }
+    }
+
+    /// Start and length in bytes of each range in which they may differ, in order.
+    pub fn ranges(&self) -> impl Iterator<Item = (GuestOffset, u64)> {
+        self.ranges.iter().map(|(start, end)| (GuestOffset(*start), end - start))
     }
 
     /// How many bytes may differ.
