@@ -117,7 +117,7 @@ impl Case {
     }
 }
 
-fn open(file: &MemoryFile) -> Qcow2 {
+pub fn open(file: &MemoryFile) -> Qcow2 {
     let preamble = Preamble::read(file).unwrap();
     let file: Arc<dyn HostFile> = Arc::new(file.clone());
     Qcow2::open(file, None, preamble, TableCache::new()).unwrap()
@@ -144,6 +144,15 @@ pub fn every_cut(
     log: &[Operation],
     mut judge: impl FnMut(Vec<u8>, &dyn Fn() -> String),
 ) -> usize {
+    every_numbered_cut(start, log, |_, bytes, what| judge(bytes, what))
+}
+
+/// The same, with the number of the operation after which it was cut.
+pub fn every_numbered_cut(
+    start: &[u8],
+    log: &[Operation],
+    mut judge: impl FnMut(usize, Vec<u8>, &dyn Fn() -> String),
+) -> usize {
     let mut random = Random::new(1);
     let mut states = 0;
     let mut synced = start.to_vec();
@@ -155,7 +164,7 @@ pub fn every_cut(
             subset.iter().for_each(|operation| operation.apply(&mut bytes));
             let what =
                 || format!("cut after operation {number} of {}, variant {variant}: {subset:#.0?}", log.len());
-            judge(bytes, &what);
+            judge(number, bytes, &what);
             states += 1;
         }
         if *operation == Operation::Sync {

@@ -33,3 +33,4 @@ mod scratch;
 mod system;
 mod traced;
 mod tree;
+mod writing;

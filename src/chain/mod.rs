@@ -22,7 +22,7 @@ pub use watch::{Change, Watch, Way};
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::file::{Access, HostFile, HostOffset, Identity, Place};
-use crate::layer::{Detail, Extent, ExtentKind, GuestOffset, Layer};
+use crate::layer::{Detail, Extent, ExtentKind, GuestOffset, GuestView, Layer, Zeros};
 use owners::{FEWEST_LAYERS, Owners};
 
 /// The layers of an image, top first. Never changed once made: a rebase makes another chain.
@@ -218,6 +218,8 @@ impl Chain {
 
     /// Fills `buffer` with the guest's bytes from `at` on; zeros beyond the virtual size.
     pub fn read_at(&self, at: GuestOffset, buffer: &mut [u8]) -> Result<()> {
+        // Only a top is ever written to.
+        let _held = self.top().and_then(|top| top.hold());
         let mut at = at;
         let mut rest = buffer;
         while !rest.is_empty() {
@@ -246,5 +248,20 @@ impl Chain {
             }
         };
         read.doing(|| format!("reading layer {depth} of the chain"))
+    }
+}
+
+impl GuestView for Chain {
+    fn read_at(&self, at: GuestOffset, buffer: &mut [u8]) -> Result<()> {
+        self.read_at(at, buffer)
+    }
+
+    fn zeros_at(&self, at: GuestOffset, length: u64) -> Result<Zeros> {
+        let Owned { depth, extent } = self.extent_at(at, length, Detail::Holes)?;
+        Ok(Zeros {
+            are_zero: matches!(extent.kind, ExtentKind::Zero(_) | ExtentKind::NotMine),
+            take_space: depth == Some(0) && matches!(extent.kind, ExtentKind::Zero(Some(_))),
+            length: extent.length,
+        })
     }
 }

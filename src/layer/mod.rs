@@ -16,7 +16,7 @@ pub use raw::Raw;
 
 use crate::error::Result;
 use crate::file::{HostFile, HostOffset};
-use qcow2::Qcow2;
+use qcow2::{Hold, Live, Qcow2};
 
 /// Byte offset in the virtual disk. Never mixed with [`HostOffset`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -141,6 +141,37 @@ pub trait Layer: fmt::Debug + Send + Sync {
     fn as_qcow2(&self) -> Option<&Qcow2> {
         None
     }
+
+    /// The image with its writer, if a guest writes to it.
+    fn as_live(&self) -> Option<&Live> {
+        None
+    }
+
+    /// As long as this is held, what extents lead to stays where it is. Of a layer that nobody
+    /// writes to it always does.
+    fn hold(&self) -> Option<Hold<'_>> {
+        None
+    }
+}
+
+/// What a guest sees of its disk: of what a write leaves of a cluster, a copy is needed.
+pub trait GuestView {
+    /// Fills `buffer` from `at` on; zeros beyond the end.
+    fn read_at(&self, at: GuestOffset, buffer: &mut [u8]) -> Result<()>;
+
+    /// What metadata says of zeros at `at`, for at most `length` (≥ 1) bytes.
+    fn zeros_at(&self, at: GuestOffset, length: u64) -> Result<Zeros>;
+}
+
+/// A run of guest bytes that are known to be zeros, or not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Zeros {
+    /// Whether they are.
+    pub are_zero: bool,
+    /// Whether the top layer has set space aside for them all the same.
+    pub take_space: bool,
+    /// Length in bytes, at least 1.
+    pub length: u64,
 }
 
 /// What a rebase puts in the place of guest bytes that the overlay does not hold.

@@ -35,7 +35,8 @@ pub use reclaim::reclaim;
 pub use rehearse::{Copied, Rehearsal, rehearse};
 pub use standing::Standing;
 
-use target::{Target, refuse_shared_files};
+use target::Target;
+pub(crate) use target::refuse_shared_files;
 use unchanged::Bases;
 
 use crate::chain::{Chain, Opener};
@@ -103,6 +104,8 @@ pub struct Report {
 
 /// Rebases the overlay on top of `chain` (opened for writing) and returns the chain as it is
 /// afterwards, with a fresh top layer. In [`Mode::Unsafe`] both chains may be the top alone.
+/// A guest may go on writing to a top that is [`Live`](crate::layer::qcow2::Live): what it has written
+/// is its own, whichever came first.
 /// An image that was not closed properly is repaired first.
 /// On an error the image is what it was, apart from clusters that it holds by itself now.
 pub fn rebase(
@@ -121,13 +124,13 @@ pub fn rebase(
     let lock = WriteLock::take(top, opener)?;
     // As it is now: an earlier rebase of this chain that was stopped has written to it.
     let mut image = image.reopen()?;
-    let mut writer = open_writer(&image, request)?;
+    let mut writer = writer_of(top, &image, request)?;
     writer.check_backing(target.backing.as_ref())?;
     let report = match request.mode {
         Mode::Safe => {
             if image.is_dirty() {
                 image = recover(&image)?;
-                writer = open_writer(&image, request)?;
+                writer = writer_of(top, &image, request)?;
             }
             writer.check_tables()?;
             let old = chain.below(0);
@@ -135,7 +138,7 @@ pub fn rebase(
             let known = request.difference(&old, &target.chain)?;
             let later = Later::of(request, &image)?;
             let chains = (&old, &target.chain);
-            let report = copy::copy_differences(&writer, chains, known.as_deref(), progress, later)?;
+            let report = copy::copy_differences(&*writer, chains, known.as_deref(), progress, later)?;
             if request.verify {
                 progress.enter(Phase::Verify);
                 verify::verify(&image, chains, report.compared, progress).doing(|| "verifying".to_owned())?;
@@ -149,7 +152,7 @@ pub fn rebase(
     writer.set_backing(target.backing.as_ref())?;
     progress.enter(if request.reclaim { Phase::Reclaim } else { Phase::Done });
     drop(lock);
-    Ok((target.chain.under(Arc::new(image.reopen()?)), report))
+    Ok((target.chain.under(reopened(top, &image)?), report))
 }
 
 /// What is going to be looked at after all that needs a look has been compared.
@@ -175,10 +178,26 @@ impl Later {
     }
 }
 
-/// Writes the image as the request wants it.
-fn open_writer(image: &Qcow2, request: &Request) -> Result<Writer> {
-    let writer = Writer::open(image)?;
-    if request.compress { writer.compressing() } else { Ok(writer) }
+/// Writes the image as the request wants it: for a guest's disk, he who writes for the guest.
+fn writer_of(top: &Arc<dyn Layer>, image: &Qcow2, request: &Request) -> Result<Arc<Writer>> {
+    let writer = match top.as_live() {
+        Some(_) if request.verify => {
+            let what = "--verify compares with what the image read as before, and a guest is writing to it";
+            return Err(Error::unsupported(what).hint("mount it without --rw for that"));
+        }
+        Some(live) => live.writer().clone(),
+        None => Arc::new(Writer::open(image)?),
+    };
+    writer.compress(request.compress)?;
+    Ok(writer)
+}
+
+/// The top with its header and its tables as they are now.
+fn reopened(top: &Arc<dyn Layer>, image: &Qcow2) -> Result<Arc<dyn Layer>> {
+    match top.as_live() {
+        Some(live) => Ok(Arc::new(live.reopen()?)),
+        None => Ok(Arc::new(image.reopen()?)),
+    }
 }
 
 fn overlay_of(top: &Arc<dyn Layer>) -> Result<&Qcow2> {
@@ -208,7 +227,12 @@ struct WriteLock<'a> {
 
 impl<'a> WriteLock<'a> {
     fn take(top: &'a Arc<dyn Layer>, opener: &Opener) -> Result<Self> {
-        let before = if opener.takes_locks() { Lock::Read } else { Lock::None };
+        let before = match (top.as_live(), opener.takes_locks()) {
+            // A guest writes: it is locked all the while.
+            (Some(_), _) => Lock::Write,
+            (None, true) => Lock::Read,
+            (None, false) => Lock::None,
+        };
         let lock = Self { top, before };
         lock.set(Lock::Write).doing(|| "locking the overlay for writing".to_owned())?;
         Ok(lock)

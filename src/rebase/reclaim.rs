@@ -6,11 +6,11 @@ use std::sync::Arc;
 use super::progress::Part;
 use super::target::refuse_shared_files;
 use super::unchanged::Bases;
-use super::{Phase, Progress, WriteLock, overlay_of};
+use super::{Phase, Progress, Request, WriteLock, overlay_of, reopened, writer_of};
 use crate::chain::{Chain, Opener, Source};
 use crate::error::{Context, Error, Result};
 use crate::file::AlignedBuffer;
-use crate::layer::qcow2::{Qcow2, Writer};
+use crate::layer::qcow2::Qcow2;
 use crate::layer::{Detail, ExtentKind, GuestOffset, Layer, Overlay};
 
 /// Bytes that are compared at once, or one unit if that is more.
@@ -32,8 +32,14 @@ pub fn reclaim(
     let below = chain.below(0);
     refuse_shared_files(top, &below)?;
     let _lock = WriteLock::take(top, opener)?;
-    let image = overlay_of(top)?.reopen()?;
-    let writer = Writer::open(&image)?;
+    let image = overlay_of(top)?;
+    let writer = writer_of(top, image, &Request::default())?;
+    let _still = top.as_live().is_some().then(|| writer.hold_off_guests());
+    if top.as_live().is_some() {
+        // A guest waits with its writes: what it sees is in the file.
+        writer.commit()?;
+    }
+    let image = image.reopen()?;
     writer.check_tables()?;
     progress.enter(Phase::Reclaim);
     let bases = Bases::new(&below, &below);
@@ -44,11 +50,11 @@ pub fn reclaim(
         progress.add_total(held);
     }
     let mut part = progress.part(progress.left(), held);
-    let dropped = Walk { overlay: &writer, own: &own, below: &below, progress }.drop_equal(&mut part);
+    let dropped = Walk { overlay: &*writer, own: &own, below: &below, progress }.drop_equal(&mut part);
     bases.refuse_changed()?;
     // What was dropped before an error is dropped all the same.
     writer.commit()?;
-    publish(below.under(Arc::new(image.reopen()?)))?;
+    publish(below.under(reopened(top, &image)?))?;
     writer.free_forgotten().doing(|| "freeing clusters".to_owned())?;
     if dropped.is_ok() {
         part.finish();

@@ -41,7 +41,7 @@ pub fn rehearse(chain: &Chain, opener: &Opener, request: &Request, progress: &Pr
     // As it is now: an earlier rebase of this chain that was stopped has written to it.
     let image = super::qcow2_of(top)?.reopen()?;
     let target = Target::open(top, opener, request)?;
-    let writer = super::open_writer(&image, request)?;
+    let writer = super::writer_of(top, &image, request)?;
     writer.check_backing(target.backing.as_ref())?;
     match image.is_dirty() {
         false => writer.check_tables()?,

@@ -96,7 +96,7 @@ fn refuse_loop(top: &Arc<dyn Layer>, chain: &Chain, backing: &Reference) -> Resu
 
 /// What is written to the overlay must not change what lies below it (invariant I5): the one's
 /// external data file may be the other.
-pub(super) fn refuse_shared_files(top: &Arc<dyn Layer>, below: &Chain) -> Result<()> {
+pub(crate) fn refuse_shared_files(top: &Arc<dyn Layer>, below: &Chain) -> Result<()> {
     let files = |layer: &Arc<dyn Layer>| [layer.file().identity(), layer.data_file().identity()];
     let own = files(top);
     match below.layers().iter().find(|layer| files(layer).iter().any(|file| own.contains(file))) {

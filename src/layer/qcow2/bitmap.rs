@@ -34,6 +34,8 @@ pub struct Directory {
 /// A bitmap, as the directory describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bitmap {
+    /// Host offset of its entry in the directory.
+    pub entry_offset: u64,
     /// Host offset of its table.
     pub table_offset: u64,
     /// Entries of its table.
@@ -47,6 +49,8 @@ pub struct Bitmap {
 }
 
 impl Bitmap {
+    /// Where the flags lie in an entry of the directory: 4 bytes.
+    pub const FLAGS: u64 = 12;
     /// Was not saved properly: its content is not to be trusted.
     pub const IN_USE: u32 = 1 << 0;
     /// Records writes as soon as the image is open for writing.
@@ -104,13 +108,14 @@ impl Directory {
         }
         file.read_at(HostOffset(self.offset + name_at), &mut name)?;
         let name = String::from_utf8_lossy(&name).into_owned();
-        Ok((Bitmap { name, ..bitmap }, end - start))
+        Ok((Bitmap { name, entry_offset: self.offset + start, ..bitmap }, end - start))
     }
 }
 
 /// The fields before the name.
 fn decode_entry(fixed: &[u8; ENTRY_LENGTH], header: &Header) -> Result<Bitmap> {
     let bitmap = Bitmap {
+        entry_offset: 0,
         table_offset: u64_at(fixed, 0),
         table_entries: u32_at(fixed, 8),
         flags: u32_at(fixed, 12),

@@ -18,7 +18,8 @@ pub const DECODED_LENGTH: usize = 112;
 /// The longest backing file name that the format can store, in bytes.
 pub const MAX_BACKING_NAME: usize = 1023;
 
-const MAX_L1_BYTES: u64 = 32 << 20;
+/// Bytes of an L1 table at most.
+pub const MAX_L1_BYTES: u64 = 32 << 20;
 const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 const MAX_SNAPSHOTS: u32 = 65536;
 
@@ -108,6 +109,10 @@ pub struct Header {
 pub mod field {
     /// Backing file offset and size: 12 bytes.
     pub const BACKING: usize = 8;
+    /// Virtual size.
+    pub const SIZE: u64 = 24;
+    /// L1 table entries and offset: 12 bytes.
+    pub const L1_TABLE: u64 = 36;
     /// Refcount table offset and clusters: 12 bytes.
     pub const REFCOUNT_TABLE: u64 = 48;
     /// Incompatible feature bits.

@@ -8,7 +8,8 @@
 //! |---|---|
 //! | `header`, `extension`, `entry`, `compressed`, `bitmap` | what bytes mean; pure |
 //! | `table`, `l1`, `snapshot` | reading tables |
-//! | `refcount`, `staged`, `update`, `swap` | writing, in the order of invariants I2 and I3 |
+//! | `refcount`, `writer` | writing, in the order of invariants I2 and I3 |
+//! | `live` | an image that is being written, as a layer |
 //! | `create` | making a new image |
 //! | `references`, `counts`, `stored`, `check` | who points where, and whether the refcounts say so |
 //! | `repair` | making them say so |
@@ -22,6 +23,7 @@ pub mod entry;
 pub mod extension;
 pub mod header;
 mod l1;
+mod live;
 pub mod refcount;
 mod references;
 pub mod repair;
@@ -30,6 +32,7 @@ mod stored;
 pub mod table;
 mod writer;
 
+pub use live::{Hold, Live};
 pub use writer::Writer;
 
 use std::ffi::OsString;
@@ -43,6 +46,7 @@ use self::header::{Compression, Header, autoclear, incompatible};
 use self::l1::L1Table;
 use self::snapshot::{Snapshot, SnapshotTable};
 use self::table::{L2Slice, SLICE_BYTES, TableCache};
+use self::writer::Staged;
 use super::{Compressed, Detail, Extent, ExtentKind, Format, GuestOffset, Layer, Reference};
 use crate::error::{Context, Error, Result};
 use crate::file::{HostFile, HostOffset};
@@ -127,6 +131,8 @@ pub struct Qcow2 {
     /// Whether clusters that are data by the tables can be holes of the file all the same, as in
     /// an image with preallocated metadata.
     is_sparse: bool,
+    /// The tables of an image that is being written, which are ahead of the file, and the view.
+    staged: Option<(Staged, usize)>,
 }
 
 impl Qcow2 {
@@ -151,6 +157,7 @@ impl Qcow2 {
             virtual_size: whole_sectors(header.size),
             l1: Arc::new(l1),
             preamble: Arc::new(preamble),
+            staged: None,
         })
     }
 
@@ -205,7 +212,8 @@ impl Qcow2 {
         let l1 = L1Table::read(&*self.file, snapshot.l1_offset, snapshot.l1_entries)
             .path(self.file.path())
             .doing(|| format!("opening snapshot '{}'", snapshot.name))?;
-        Ok(Self { l1: Arc::new(l1), virtual_size: whole_sectors(snapshot.disk_size), ..self.clone() })
+        let virtual_size = whole_sectors(snapshot.disk_size);
+        Ok(Self { l1: Arc::new(l1), virtual_size, staged: None, ..self.clone() })
     }
 
     /// The L2 entry for the cluster at `at`, `None` if there is no L2 table.
@@ -220,6 +228,9 @@ impl Qcow2 {
         let Some(table) = self.l2_table(at.0 / header.l2_coverage())? else {
             return Ok(None);
         };
+        if let Some((staged, _)) = &self.staged {
+            return staged.slice_with(table, at).map(Some);
+        }
         let index = (at.0 >> header.cluster_bits) % header.l2_entries();
         let slice_bytes = SLICE_BYTES.min(header.cluster_size());
         let per_slice = slice_bytes / header.l2_entry_size();
@@ -243,10 +254,14 @@ impl Qcow2 {
     }
 
     fn l2_table(&self, l1_index: u64) -> Result<Option<HostOffset>> {
-        let entry = self.l1.entry(l1_index);
+        let entry = match &self.staged {
+            Some((staged, view)) => staged.l1_entry(*view, l1_index),
+            None => self.l1.entry(l1_index),
+        };
         let table = entry::l2_table(entry, self.header())?;
         match table {
-            Some(at) if at.0 >= self.file.size() => {
+            // A new one need not be in the file yet.
+            Some(at) if self.staged.is_none() && at.0 >= self.file.size() => {
                 Err(Error::corrupt(format!("L1 entry {entry:#018x} points past the end of the file")))
             }
             _ => Ok(table),
@@ -258,7 +273,11 @@ impl Qcow2 {
         let coverage = self.header().l2_coverage();
         let first = at.0 / coverage;
         let last = (at.0 + length - 1) / coverage;
-        let used_from = |index| self.l1.next_used(index).filter(|next| *next <= last);
+        let next_used = |index| match &self.staged {
+            Some((staged, view)) => staged.next_used(*view, index),
+            None => self.l1.next_used(index),
+        };
+        let used_from = |index| next_used(index).filter(|next| *next <= last);
         let mut next = used_from(first + 1);
         while let Some(index) = next
             && self.l2_table(index)?.is_none()
@@ -451,7 +470,8 @@ impl Layer for Qcow2 {
                 .map_err(|e| e.path(self.file.path()).offset(place.at.0))?;
             Ok(cluster.into())
         };
-        let cluster = self.cache.cluster(self.number, place.at, inflate)?;
+        let number = self.staged.as_ref().map_or(self.number, |(staged, _)| staged.cluster_number());
+        let cluster = self.cache.cluster(number, place.at, inflate)?;
         let skip = place.skip as usize;
         buffer.copy_from_slice(&cluster[skip..skip + buffer.len()]);
         Ok(())

@@ -81,6 +81,8 @@ pub struct Refcounts {
     first_free: u64,
     /// Where the last allocation of bytes ended, if that cluster has room left.
     byte_end: Option<HostOffset>,
+    /// From this cluster on nothing was ever written.
+    pristine_from: u64,
 }
 
 impl Refcounts {
@@ -88,6 +90,7 @@ impl Refcounts {
     pub fn read(file: Arc<dyn HostFile>, header: &Header) -> Result<Self> {
         let table_at = HostOffset(header.refcount_table_offset);
         let entries = (u64::from(header.refcount_table_clusters) << header.cluster_bits) / 8;
+        let pristine_from = file.size().div_ceil(header.cluster_size());
         let table = read_words(&*file, table_at, entries)?.into_vec();
         Ok(Self {
             file,
@@ -100,6 +103,7 @@ impl Refcounts {
             moved_from: None,
             first_free: 0,
             byte_end: None,
+            pristine_from,
         })
     }
 
@@ -136,6 +140,24 @@ impl Refcounts {
         }
         self.first_free = start + taken;
         Ok((HostOffset(start << self.cluster_bits), taken))
+    }
+
+    /// The first cluster behind all that were ever in use: what lies there reads as zeros.
+    pub fn pristine_from(&self) -> HostOffset {
+        HostOffset(self.pristine_from << self.cluster_bits)
+    }
+
+    /// Takes `clusters` free clusters that follow each other.
+    pub fn allocate_together(&mut self, clusters: u64) -> Result<HostOffset> {
+        let mut too_short = Vec::new();
+        let found = loop {
+            match self.allocate(clusters, 1)? {
+                (at, taken) if taken == clusters => break at,
+                piece => too_short.push(piece),
+            }
+        };
+        too_short.into_iter().try_for_each(|(at, taken)| self.release(at, taken, 1))?;
+        Ok(found)
     }
 
     /// Takes `length` bytes, fewer than a cluster has, for a compressed cluster, and raises the
@@ -216,6 +238,13 @@ impl Refcounts {
         writes
     }
 
+    /// What [`take_dirty`](Self::take_dirty) gave away could not be written, and waits again.
+    pub fn put_back(&mut self, writes: &[Write]) {
+        for block in self.blocks.values_mut() {
+            block.is_dirty |= writes.iter().any(|(at, _)| *at == block.at);
+        }
+    }
+
     /// The pointers to what is new: table entries, or the header's pointer to a table that has
     /// moved. Empty where nothing grew. The old table may be released once these are durable; it
     /// is handed over as offset and clusters.
@@ -265,6 +294,7 @@ impl Refcounts {
         let block = self.block(cluster / self.per_block())?;
         write_refcount(&mut block.bytes, order, index, count);
         block.is_dirty = true;
+        self.pristine_from = self.pristine_from.max(cluster + 1);
         Ok(())
     }
 

@@ -90,6 +90,24 @@ pub struct L2Slice {
 }
 
 impl L2Slice {
+    /// A piece with these words.
+    pub fn new(words: Box<[u64]>) -> Self {
+        Self { words }
+    }
+
+    /// Its words.
+    pub fn words(&self) -> &[u64] {
+        &self.words
+    }
+
+    /// The same with other words from that index on.
+    #[must_use]
+    pub fn with(&self, index: usize, words: &[u64]) -> Self {
+        let mut changed = self.words.clone();
+        changed[index..index + words.len()].copy_from_slice(words);
+        Self { words: changed }
+    }
+
     /// The entries from that index to the end of the slice; `size` is 8 or 16 bytes.
     pub fn entries_from(&self, index: u64, size: u64) -> impl Iterator<Item = L2Entry> {
         (index..self.words.len() as u64 * 8 / size).map(move |index| self.entry(index, size))

@@ -5,6 +5,7 @@
 //! shrinks. Anything else is filled as without compression.
 
 use std::collections::HashMap;
+use std::sync::atomic::Ordering;
 
 use super::fill::{Filling, Group, Origin, Placement};
 use super::{State, Writer};
@@ -13,6 +14,7 @@ use crate::file::HostOffset;
 use crate::layer::GuestOffset;
 use crate::layer::qcow2::compressed::deflate;
 use crate::layer::qcow2::entry::L2Entry;
+use crate::layer::qcow2::header::Compression;
 
 /// What guest clusters are when compressed; those that do not shrink have no payload.
 #[derive(Debug, Default)]
@@ -25,20 +27,26 @@ impl Deflated {
 }
 
 impl Writer {
-    /// Stores what is filled in compressed where it can be. Refuses an image that can have no
-    /// compressed clusters.
-    pub fn compressing(self) -> Result<Self> {
-        if self.header().has_data_file() {
+    /// Whether what is filled in from now on is stored compressed where it can be. Refuses an image
+    /// that can have no compressed clusters.
+    pub fn compress(&self, is_wanted: bool) -> Result<()> {
+        if is_wanted && self.header().has_data_file() {
             let what = "an external data file holds no compressed clusters";
             return Err(Error::unsupported(what).path(self.file.path()).hint("leave out -c"));
         }
-        let compression = Some(self.header().compression().path(self.file.path())?);
-        Ok(Self { compression, ..self })
+        self.header().compression().path(self.file.path())?;
+        self.is_compressing.store(is_wanted, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn compression(&self) -> Option<Compression> {
+        let is_compressing = self.is_compressing.load(Ordering::Relaxed);
+        self.header().compression().ok().filter(|_| is_compressing)
     }
 
     /// Deflates the clusters that lie in `bytes` as a whole.
     pub(super) fn deflate(&self, at: GuestOffset, bytes: &[u8]) -> Deflated {
-        let Some(compression) = self.compression else { return Deflated::default() };
+        let Some(compression) = self.compression() else { return Deflated::default() };
         let size = self.header().cluster_size();
         let skip = at.0.next_multiple_of(size) - at.0;
         let whole = bytes.get(skip as usize..).unwrap_or_default().chunks_exact(size as usize);

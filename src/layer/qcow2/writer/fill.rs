@@ -81,10 +81,10 @@ pub(super) struct Group {
 }
 
 impl Writer {
-    /// Bit n: subcluster n of the cluster at `cluster` lies in `[start, end)`.
-    fn subclusters_in(&self, cluster: u64, start: u64, end: u64) -> u32 {
+    /// Bit n: subcluster n of the cluster at `cluster` lies in `[start, end)` as a whole.
+    pub(super) fn subclusters_in(&self, cluster: u64, start: u64, end: u64) -> u32 {
         let size = self.header().cluster_size() / u64::from(SUBCLUSTERS);
-        let first = start.saturating_sub(cluster) / size;
+        let first = start.saturating_sub(cluster).div_ceil(size);
         let end = ((end - cluster) / size).min(u64::from(SUBCLUSTERS));
         (first..end).fold(0, |bits, n| bits | 1 << n)
     }
@@ -225,7 +225,7 @@ impl Writer {
 
     /// What has more references than we know of must not be changed in place.
     fn refuse_foreign_owners(&self, state: &mut State, at: HostOffset, owners: u64) -> Result<()> {
-        match state.refcounts.of(at)? {
+        match state.refcounts.of(at)?.saturating_sub(state.forgotten.references(at)) {
             count if count == owners => Ok(()),
             count => {
                 Err(self

@@ -2,7 +2,10 @@
 //! bytes, and the clusters are freed.
 //!
 //! In two steps, for readers may still hold the old tables: first the L2 entries are cleared,
-//! durably; when no reader is left (invariant I4), the clusters are punched out and released.
+//! durably; when no reader is left (invariant I4), the clusters are punched out and released. What a
+//! guest overwrites or discards goes the same way.
+
+use std::collections::HashMap;
 
 use crate::error::{Context, ErrorKind, Result};
 use crate::file::HostOffset;
@@ -15,10 +18,39 @@ use super::{State, Writer};
 /// What nothing points to any more, once what is staged is durable.
 #[derive(Debug, Default)]
 pub(super) struct Forgotten {
-    /// Host clusters that lose a reference: first cluster's offset and number of clusters.
-    clusters: Vec<(HostOffset, u64)>,
+    /// Host clusters that lose a reference.
+    clusters: Vec<HostOffset>,
+    /// How many references of each of these clusters are among them.
+    pending: HashMap<HostOffset, u64>,
     /// Ranges of the data file that hold nothing any more: offset and bytes.
     ranges: Vec<(HostOffset, u64)>,
+    /// Whether compressed clusters are among them.
+    has_compressed: bool,
+}
+
+impl Forgotten {
+    /// Notes that this cluster loses a reference.
+    pub fn push(&mut self, cluster: HostOffset) {
+        self.clusters.push(cluster);
+        *self.pending.entry(cluster).or_default() += 1;
+    }
+
+    /// How many references of a cluster are still counted although nothing in memory has them.
+    pub fn references(&self, cluster: HostOffset) -> u64 {
+        self.pending.get(&cluster).copied().unwrap_or(0)
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.clusters.is_empty() && self.ranges.is_empty()
+    }
+
+    /// Notes that the clusters of a compressed one lose a reference each.
+    pub fn push_compressed(&mut self, at: HostOffset, size: u32, cluster_size: u64) {
+        let first = at.0 / cluster_size * cluster_size;
+        let clusters = (at.0 + u64::from(size)).div_ceil(cluster_size) - first / cluster_size;
+        (0..clusters).for_each(|number| self.push(HostOffset(first + number * cluster_size)));
+        self.has_compressed = true;
+    }
 }
 
 impl Writer {
@@ -45,10 +77,7 @@ impl Writer {
         let entry = state.staged.entry(table, at)?;
         match entry.decode(self.header()).path(self.file.path())? {
             Cluster::Compressed { at: host, size } if wanted == u32::MAX => {
-                let cluster_size = self.header().cluster_size();
-                let first = host.0 / cluster_size * cluster_size;
-                let clusters = (host.0 + u64::from(size)).div_ceil(cluster_size) - first / cluster_size;
-                state.forgotten.clusters.push((HostOffset(first), clusters));
+                state.forgotten.push_compressed(host, size, self.header().cluster_size());
                 state.staged.set_entry(table, at, L2Entry::default())?;
                 Ok(wanted)
             }
@@ -78,7 +107,7 @@ impl Writer {
             state.staged.set_entry(table, at, L2Entry::default())?;
             match cluster.host {
                 Some(host) if external => state.forgotten.ranges.push((host, self.header().cluster_size())),
-                Some(host) => state.forgotten.clusters.push((host, 1)),
+                Some(host) => state.forgotten.push(host),
                 None => {}
             }
             return Ok(gone);
@@ -99,27 +128,32 @@ impl Writer {
     /// commit, when nobody reads by the old tables any more.
     pub(super) fn free_forgotten_clusters(&self) -> Result<()> {
         let state = &mut *self.state();
-        let forgotten = std::mem::take(&mut state.forgotten);
-        let cluster_size = self.header().cluster_size();
-        for (at, length) in forgotten.ranges {
-            self.punch(at, length)?;
-        }
-        for (first, count) in forgotten.clusters {
-            for number in 0..count {
-                let cluster = first + number * cluster_size;
-                // Before it is released: nobody else can have it yet. A cluster that other
-                // compressed ones share stays.
-                if state.refcounts.of(cluster)? == 1 {
-                    self.punch(cluster, cluster_size)?;
-                }
-                state.refcounts.release(cluster, 1, 1)?;
-            }
-        }
+        self.release_forgotten(state)?;
         self.commit_state(state)
     }
 
+    /// The same for the counts in memory.
+    pub(super) fn release_forgotten(&self, state: &mut State) -> Result<()> {
+        let forgotten = std::mem::take(&mut state.forgotten);
+        if forgotten.has_compressed {
+            state.staged.forget_clusters();
+        }
+        for (at, length) in forgotten.ranges {
+            self.punch(at, length)?;
+        }
+        for cluster in forgotten.clusters {
+            // Before it is released: nobody else can have it yet. A cluster that other
+            // compressed ones share stays.
+            if state.refcounts.of(cluster)? == 1 {
+                self.punch(cluster, self.header().cluster_size())?;
+            }
+            state.refcounts.release(cluster, 1, 1)?;
+        }
+        Ok(())
+    }
+
     /// A file system that cannot punch holes keeps the space; the clusters are free all the same.
-    fn punch(&self, at: HostOffset, length: u64) -> Result<()> {
+    pub(super) fn punch(&self, at: HostOffset, length: u64) -> Result<()> {
         match self.data_file.punch(at, length) {
             Err(error) if error.kind() == ErrorKind::Unsupported => {
                 log::debug!("{error}");

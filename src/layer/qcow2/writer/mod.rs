@@ -3,22 +3,33 @@
 //! Owns the order of writes. Data goes to its place at once; refcounts, L2 and L1 tables change in
 //! memory and reach the file in [`commit`](Overlay::commit): first what nothing points to yet, then
 //! a barrier, then the pointers. So a cut at any point leaves leaked clusters at most. What is put
-//! where is decided in `fill` and `compress`, what is given up in `forget`, the tables in memory are in
-//! `staged`, the header swap in `swap`; what must not overlap in `structures`.
+//! where is decided in `fill` and `compress` for a rebase, in `guest`, `zero` and `grow` for a
+//! guest; what is given up in `forget`; the tables in memory are in `staged`, the header swap in `swap`; what must not
+//! overlap in `structures`, who must not write at the same time in `ranges`.
 
 mod compress;
 mod fill;
 mod forget;
+mod grow;
+mod guest;
+mod ranges;
 mod staged;
+mod stale;
 mod structures;
 mod swap;
+mod zero;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+pub(super) use self::staged::Staged;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use self::forget::Forgotten;
-use self::staged::{Staged, View};
+use self::ranges::Ranges;
+use self::staged::View;
 use super::entry::SUBCLUSTERS;
-use super::header::{Compression, Header, autoclear, field, incompatible};
+use super::header::{Header, autoclear, field, incompatible};
+use super::live::Hold;
 use super::refcount::{Refcounts, Write};
 use super::{Preamble, Qcow2, check};
 use crate::error::{Context, Error, Result};
@@ -42,8 +53,20 @@ pub struct Writer {
     preamble: Preamble,
     /// The active disk first.
     views: Vec<Qcow2>,
-    /// How what is filled in is compressed, if it is.
-    compression: Option<Compression>,
+    /// Whether what is filled in is compressed.
+    is_compressing: AtomicBool,
+    /// Whether a guest reads and writes all the while, through the tables in memory.
+    is_live: bool,
+    /// The same as in the state, for those who only look.
+    staged: Staged,
+    /// Clusters of the guest that somebody is changing.
+    ranges: Ranges,
+    /// Held by readers while they follow an extent: what they were led to is not given to others.
+    readers: RwLock<()>,
+    /// Held by guests while they write: who needs the disk to stand still holds it alone.
+    guests: RwLock<()>,
+    /// Whether the image tells that a guest has written to it.
+    is_marked: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -65,18 +88,19 @@ impl Writer {
         let preamble = image.preamble().clone();
         refuse_corrupt(&preamble.header).path(image.file().path())?;
         let mut views = vec![image.clone()];
-        let mut tables = vec![view(HostOffset(preamble.header.l1_offset), image)];
+        let mut tables = vec![view((preamble.header.l1_offset, preamble.header.l1_entries), image)];
         let snapshots = image.snapshots()?;
         structures::refuse_overlapping_l1(&preamble.header, &snapshots).path(image.file().path())?;
         for snapshot in snapshots {
             let at_snapshot = image.at_snapshot(&snapshot)?;
-            tables.push(view(HostOffset(snapshot.l1_offset), &at_snapshot));
+            tables.push(view((snapshot.l1_offset, snapshot.l1_entries), &at_snapshot));
             views.push(at_snapshot);
         }
         let file = image.file().clone();
+        let staged = Staged::new(file.clone(), preamble.header.clone(), tables);
         let state = State {
             refcounts: Refcounts::read(file.clone(), &preamble.header)?,
-            staged: Staged::new(file.clone(), preamble.header.clone(), tables),
+            staged: staged.clone(),
             forgotten: Forgotten::default(),
             uncommitted: 0,
             is_committing: false,
@@ -86,9 +110,37 @@ impl Writer {
             file,
             preamble,
             views,
-            compression: None,
+            is_compressing: AtomicBool::new(false),
+            is_live: false,
+            staged,
+            ranges: Ranges::default(),
+            readers: RwLock::default(),
+            guests: RwLock::default(),
+            is_marked: AtomicBool::new(false),
             state: Mutex::new(state),
         })
+    }
+
+    /// Lets a guest write while the image is read, through [`active`](Self::active).
+    pub(super) fn live(mut self) -> Self {
+        let hooked = |(number, view): (usize, &Qcow2)| view.looking_into(&self.staged, number);
+        self.views = self.views.iter().enumerate().map(hooked).collect();
+        Self { is_live: true, ..self }
+    }
+
+    /// The active disk as it is in memory.
+    pub(super) fn active(&self, image: &Qcow2) -> Qcow2 {
+        image.looking_into(&self.staged, 0)
+    }
+
+    /// See [`Layer::hold`].
+    pub(super) fn hold(&self) -> Hold<'_> {
+        self.readers.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns when nobody follows an extent any more that was looked up before.
+    fn wait_for_readers(&self) {
+        drop(self.readers.write().unwrap_or_else(PoisonError::into_inner));
     }
 
     fn header(&self) -> &Header {
@@ -111,41 +163,59 @@ impl Writer {
         if std::mem::replace(&mut state.is_committing, true) {
             return Err(Error::invalid("an earlier write to the image failed; nothing more is written"));
         }
-        self.clear_unknown_autoclear_bits()?;
+        if let Err(error) = self.clear_unknown_autoclear_bits().and_then(|()| self.write_unlinked(state)) {
+            // Nothing points to it: the next commit can write it again.
+            state.is_committing = false;
+            return Err(error);
+        }
         self.write_in_order(state)?;
         state.uncommitted = 0;
         state.is_committing = false;
         Ok(())
     }
 
+    /// What nothing points to yet; and counts that can only leak.
+    fn write_unlinked(&self, state: &mut State) -> Result<()> {
+        let counts = state.refcounts.take_dirty();
+        let written = self.write_all(&counts).and_then(|()| self.write_all(&state.staged.new_table_writes()));
+        if written.is_err() {
+            state.refcounts.put_back(&counts);
+        }
+        written
+    }
+
     /// The one place that orders metadata writes.
     fn write_in_order(&self, state: &mut State) -> Result<()> {
-        // 1. What nothing points to yet; and counts that can only leak.
-        self.write_all(state.refcounts.take_dirty())?;
-        self.write_all(state.staged.take_new_tables())?;
+        // 1. What was written so far: data, and what nothing points to yet.
         self.sync()?;
         // 2. The pointers to new refcount blocks or a new refcount table: from here on the counts
         //    of all that we allocated are durable.
         let (links, old_table) = state.refcounts.take_links();
         if !links.is_empty() {
-            self.write_all(links)?;
+            self.write_all(&links)?;
             self.file.sync()?;
         }
         // 3. The pointers that let guest offsets lead to the new clusters.
         let links = state.staged.take_links();
         if !links.is_empty() {
-            self.write_all(links)?;
+            self.write_all(&links)?;
             self.file.sync()?;
         }
+        state.staged.are_written();
         // 4. What no durable pointer needs any more.
         if let Some((at, clusters)) = old_table {
             state.refcounts.release(at, clusters, 1)?;
         }
-        self.write_all(state.refcounts.take_dirty())
+        if self.is_live {
+            // Who reads does so by the tables in memory.
+            self.wait_for_readers();
+            self.release_forgotten(state)?;
+        }
+        self.write_all(&state.refcounts.take_dirty())
     }
 
-    fn write_all(&self, writes: Vec<Write>) -> Result<()> {
-        writes.into_iter().try_for_each(|(at, bytes)| self.file.write_at(at, &bytes))
+    fn write_all(&self, writes: &[Write]) -> Result<()> {
+        writes.iter().try_for_each(|(at, bytes)| self.file.write_at(*at, bytes))
     }
 
     fn sync(&self) -> Result<()> {
@@ -177,15 +247,19 @@ impl Overlay for Writer {
     }
 
     fn whole(&self) -> u64 {
-        if self.compression.is_some() { self.header().cluster_size() } else { self.unit() }
+        if self.is_compressing.load(Ordering::Relaxed) { self.header().cluster_size() } else { self.unit() }
     }
 
     fn end(&self) -> u64 {
-        self.views.iter().map(Layer::virtual_size).max().unwrap_or(0)
+        self.staged.end()
     }
 
     /// A cluster that is in use although its refcount says that it is free would be overwritten.
     fn check_tables(&self) -> Result<()> {
+        if self.is_live {
+            // They were found right when it was opened, and are ahead of the file.
+            return Ok(());
+        }
         let path = self.file.path();
         if self.header().incompatible & incompatible::DIRTY != 0 {
             let what = "the image was not closed properly: its refcounts may be wrong";
@@ -217,6 +291,7 @@ impl Overlay for Writer {
     }
 
     fn fill(&self, at: GuestOffset, content: Content<'_>) -> Result<Filled> {
+        let _held = self.is_live.then(|| self.hold_clusters(at, content.length()));
         let filled = match content {
             Content::Data(bytes) => self.fill_data(at, bytes, None),
             Content::Stored(bytes, file, from) => self.fill_data(at, bytes, Some((file, from))),
@@ -251,12 +326,15 @@ impl Overlay for Writer {
 
     fn set_backing(&self, backing: Option<&Reference>) -> Result<()> {
         self.check_backing(backing)?;
+        // A guest's commit can move the refcount table, which the header names too.
+        let _state = self.state();
         swap::swap(&*self.file, backing)
     }
 }
 
-fn view(l1_at: HostOffset, image: &Qcow2) -> View {
-    View { l1_at, l1: image.l1().clone(), size: image.virtual_size() }
+fn view((l1_at, entries): (u64, u32), image: &Qcow2) -> View {
+    let (l1_at, entries) = (HostOffset(l1_at), u64::from(entries));
+    View { l1_at, entries, l1: image.l1().clone(), size: image.virtual_size() }
 }
 
 fn refuse_corrupt(header: &Header) -> Result<()> {
