@@ -2,7 +2,10 @@
 //! files stay what they were, and what was flushed survives.
 
 mod crash;
+mod device;
 mod kinds;
+mod mounted;
+mod stress;
 
 use std::sync::Arc;
 

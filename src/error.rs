@@ -21,6 +21,8 @@ pub enum ErrorKind {
     NotFound,
     /// The operating system does not let us open or change a file.
     PermissionDenied,
+    /// Files of the mount do not allow it, whoever asks.
+    NotPermitted,
     /// A directory where an image was expected.
     IsDirectory,
     /// A FIFO, socket or character device where an image was expected.
@@ -53,6 +55,7 @@ impl ErrorKind {
         match self {
             Self::NotFound => errno::ENOENT,
             Self::PermissionDenied => errno::EACCES,
+            Self::NotPermitted => errno::EPERM,
             Self::IsDirectory => errno::EISDIR,
             Self::NotAFile | Self::InvalidArgument => errno::EINVAL,
             Self::Loop => errno::ELOOP,

@@ -23,6 +23,18 @@ pub mod signal {
     pub use libc::{SIGHUP, SIGINT, SIGKILL, SIGQUIT, SIGTERM};
 }
 
+/// What `fallocate(2)` is asked for.
+pub mod fallocate {
+    use libc::{FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE};
+
+    /// The file does not grow.
+    pub const KEEP_SIZE: i32 = FALLOC_FL_KEEP_SIZE;
+    /// Zeros that take no space.
+    pub const PUNCH_HOLE: i32 = FALLOC_FL_PUNCH_HOLE;
+    /// Zeros.
+    pub const ZERO_RANGE: i32 = FALLOC_FL_ZERO_RANGE;
+}
+
 /// The ways to look for data and holes with `lseek(2)`.
 pub mod whence {
     pub use libc::{SEEK_DATA, SEEK_HOLE};

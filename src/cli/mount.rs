@@ -17,7 +17,7 @@ use super::mount_options::{self, Words};
 use super::options::Opening;
 use crate::error::{Error, Result};
 use crate::layer::Format;
-use crate::mount::{Mount, MountOptions};
+use crate::mount::{Mount, MountOptions, Writing};
 use crate::sys::{self, Fork};
 
 /// Mount the guest-visible bytes of an image as DIR/disk.raw, with control files in DIR/ctl
@@ -47,6 +47,12 @@ pub(super) struct Arguments {
     /// threads=, force_share, guess_formats
     #[arg(short, long = "options", value_name = "OPTION,…")]
     options: Vec<Words>,
+    /// Let disk.raw be written: into the image, copy-on-write. It is locked as long as it is mounted
+    #[arg(long)]
+    rw: bool,
+    /// With --rw: let `truncate` enlarge the disk
+    #[arg(long, requires = "rw")]
+    grow: bool,
     /// Stay in the foreground, messages on standard error
     #[arg(long)]
     foreground: bool,
@@ -103,6 +109,11 @@ fn checked(arguments: Arguments, options: MountOptions) -> Mount {
         opener: arguments.opening.opener(),
         options,
         threads: arguments.threads.map_or_else(processors, usize::from),
+        writing: match (arguments.rw, arguments.grow) {
+            (false, _) => Writing::Refused,
+            (true, false) => Writing::Bytes,
+            (true, true) => Writing::BytesAndSize,
+        },
     }
 }
 

@@ -17,9 +17,10 @@ use super::control::Writer;
 use super::flat::Seek;
 use super::tree::Inode;
 use super::view::{Attributes, Child, Pages, View};
+use super::writing::Space;
 use crate::error::Error;
 use crate::file::AlignedBuffer;
-use crate::sys::whence;
+use crate::sys::{fallocate, whence};
 
 /// The largest read that the kernel sends, in bytes: it has no more than 256 pages a request.
 const MAX_REQUEST: u32 = 1 << 20;
@@ -53,13 +54,14 @@ fn file_type(is_directory: bool) -> FileType {
 impl Adapter {
     fn attr(&self, shown: &Attributes) -> FileAttr {
         let owner = self.0.ownership();
+        let modified = shown.written.unwrap_or(owner.modified);
         FileAttr {
             ino: INodeNo(shown.inode.0),
             size: shown.size,
             blocks: shown.blocks,
             atime: owner.modified,
-            mtime: owner.modified,
-            ctime: owner.modified,
+            mtime: modified,
+            ctime: modified,
             crtime: owner.modified,
             kind: file_type(shown.is_directory),
             perm: shown.permissions,
@@ -119,10 +121,10 @@ impl Filesystem for Adapter {
         _: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        if mode.is_some() || uid.is_some() || gid.is_some() || size != Some(0) {
+        let (None, None, None, Some(size)) = (mode, uid, gid, size) else {
             return reply.error(Errno::EPERM);
-        }
-        match self.0.truncate(inode(ino)) {
+        };
+        match self.0.resize(inode(ino), size) {
             Ok(a) => reply.attr(&a.valid, &self.attr(&a)),
             Err(e) => reply.error(errno(&e)),
         }
@@ -158,22 +160,21 @@ impl Filesystem for Adapter {
     fn write(
         &self,
         request: &Request,
-        _: INodeNo,
+        ino: INodeNo,
         handle: FileHandle,
-        _: u64,
+        offset: u64,
         data: &[u8],
         _: WriteFlags,
         _: OpenFlags,
         owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        let length = data.len() as u32;
-        let answer = move |result: Result<(), i32>| match result {
-            Ok(()) => reply.written(length),
+        let answer = move |result: Result<usize, i32>| match result {
+            Ok(length) => reply.written(length as u32),
             Err(code) => reply.error(Errno::from_i32(code)),
         };
         let writer = Writer { thread: request.pid(), files: owner.map(|owner| owner.0) };
-        self.0.write(handle.0, data, writer, Box::new(answer));
+        self.0.write((inode(ino), handle.0), offset, data, writer, answer);
     }
 
     fn flush(&self, request: &Request, _: INodeNo, handle: FileHandle, owner: LockOwner, reply: ReplyEmpty) {
@@ -199,8 +200,34 @@ impl Filesystem for Adapter {
         reply.ok();
     }
 
-    fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
-        reply.ok();
+    fn fsync(&self, _: &Request, ino: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        match self.0.sync(inode(ino)) {
+            Ok(()) => reply.ok(),
+            Err(e) => reply.error(errno(&e)),
+        }
+    }
+
+    fn fallocate(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        let space = match mode & !fallocate::KEEP_SIZE {
+            fallocate::PUNCH_HOLE => Space::GivenBack,
+            fallocate::ZERO_RANGE => Space::Kept,
+            // `posix_fallocate` writes instead.
+            _ => return reply.error(Errno::EOPNOTSUPP),
+        };
+        let answer = move |result: Result<(), i32>| match result {
+            Ok(()) => reply.ok(),
+            Err(code) => reply.error(Errno::from_i32(code)),
+        };
+        self.0.zero(inode(ino), (offset, length), space, Box::new(answer));
     }
 
     fn readdir(&self, _: &Request, ino: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectory) {
@@ -264,10 +291,6 @@ impl Filesystem for Adapter {
         reply: ReplyIoctl,
     ) {
         reply.error(Errno::ENOTTY);
-    }
-
-    fn fallocate(&self, _: &Request, _: INodeNo, _: FileHandle, _: u64, _: u64, _: i32, reply: ReplyEmpty) {
-        reply.error(Errno::EOPNOTSUPP);
     }
 
     fn create(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, _: u32, _: i32, reply: ReplyCreate) {

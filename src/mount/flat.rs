@@ -1,9 +1,9 @@
 //! Bytes of a chain as a flat file: read, seek for data and holes, count blocks.
 //!
-//! A disk, or a part of one. Never changes once made; knows nothing of inodes, of rebasing, and of
+//! A disk, or a part of one. Its size never changes once made; knows nothing of inodes, of rebasing, and of
 //! who keeps it.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -35,6 +35,8 @@ pub(super) struct Flat {
     length: u64,
     count: Mutex<Count>,
     counted: Condvar,
+    /// How often the bytes have changed.
+    changes: AtomicU64,
     /// Nobody wants its block count any more; it shall not keep files open for that.
     is_dropped: AtomicBool,
 }
@@ -43,7 +45,8 @@ pub(super) struct Flat {
 enum Count {
     NotAsked,
     UnderWay,
-    Known(Allocated),
+    /// When so many changes had been made.
+    Known(Allocated, u64),
 }
 
 /// A run of bytes that are all data or all hole.
@@ -64,7 +67,8 @@ impl Flat {
     pub(super) fn part(chain: Chain, start: u64, length: u64) -> Self {
         let (count, counted, is_dropped) =
             (Mutex::new(Count::NotAsked), Condvar::new(), AtomicBool::new(false));
-        Self { chain, start, length, count, counted, is_dropped }
+        let changes = AtomicU64::new(0);
+        Self { chain, start, length, count, counted, changes, is_dropped }
     }
 
     pub(super) fn chain(&self) -> &Chain {
@@ -101,7 +105,7 @@ impl Flat {
         Ok((goal == Seek::Hole).then_some(self.length))
     }
 
-    /// How many bytes are data: counted once, in the background, for which `held` is kept. Whoever
+    /// How many bytes are data: counted in the background, once unless they change, for which `held` is kept. Whoever
     /// asks waits so long; a count that takes longer is given with the next answer.
     pub(super) fn allocated(self: &Arc<Self>, held: impl Send + 'static, patience: Duration) -> Allocated {
         self.start_counting(held);
@@ -109,9 +113,14 @@ impl Flat {
         let waited =
             self.counted.wait_timeout_while(count, patience, |count| matches!(count, Count::UnderWay));
         match *waited.unwrap_or_else(PoisonError::into_inner).0 {
-            Count::Known(allocated) => allocated,
+            Count::Known(allocated, _) => allocated,
             Count::NotAsked | Count::UnderWay => self.upper_bound(),
         }
+    }
+
+    /// Somebody has written: the next who asks has them counted again.
+    pub(super) fn count_again(&self) {
+        self.changes.fetch_add(1, Ordering::Release);
     }
 
     /// Lets a count that is under way stop.
@@ -139,12 +148,15 @@ impl Flat {
 
     fn start_counting(self: &Arc<Self>, held: impl Send + 'static) {
         let mut count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
-        if !matches!(*count, Count::NotAsked) {
-            return;
+        let changes = self.changes.load(Ordering::Acquire);
+        match *count {
+            Count::NotAsked => {}
+            Count::Known(_, before) if before != changes => {}
+            Count::UnderWay | Count::Known(..) => return,
         }
         let flat = self.clone();
         let counter = move || {
-            flat.finish_counting(flat.count_data());
+            flat.finish_counting(flat.count_data(), changes);
             drop(flat);
             drop(held);
         };
@@ -169,8 +181,8 @@ impl Flat {
         Allocated::Exactly(bytes)
     }
 
-    fn finish_counting(&self, allocated: Allocated) {
-        *self.count.lock().unwrap_or_else(PoisonError::into_inner) = Count::Known(allocated);
+    fn finish_counting(&self, allocated: Allocated, changes: u64) {
+        *self.count.lock().unwrap_or_else(PoisonError::into_inner) = Count::Known(allocated, changes);
         self.counted.notify_all();
     }
 

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use super::flat::{Allocated, Flat, Seek};
 use super::partitions::Partition;
@@ -30,6 +30,10 @@ pub(super) struct Image {
     current: RwLock<Arc<Moment>>,
     /// What was current before, as long as somebody reads from it.
     past: Mutex<Vec<Weak<Moment>>>,
+    /// Held by whoever is about to exchange the chain.
+    changing: Mutex<()>,
+    /// When a guest has written last.
+    written: Mutex<Option<SystemTime>>,
 }
 
 /// What is read from until the chain is replaced.
@@ -52,7 +56,29 @@ pub(super) struct View {
 impl Image {
     pub(super) fn new(chain: Chain) -> Self {
         let first = Moment::new(0, chain, Arc::default());
-        Self { current: RwLock::new(Arc::new(first)), past: Mutex::default() }
+        Self {
+            current: RwLock::new(Arc::new(first)),
+            past: Mutex::default(),
+            changing: Mutex::default(),
+            written: Mutex::default(),
+        }
+    }
+
+    pub(super) fn change_lock(&self) -> &Mutex<()> {
+        &self.changing
+    }
+
+    /// A guest has written: blocks are to be counted again.
+    pub(super) fn note_written(&self) {
+        let moment = self.moment();
+        moment.disk.count_again();
+        moment.parts.note_written();
+        *self.written.lock().unwrap_or_else(PoisonError::into_inner) = Some(SystemTime::now());
+    }
+
+    /// When a guest has written last, if one has.
+    pub(super) fn written(&self) -> Option<SystemTime> {
+        *self.written.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The chain of the moment.

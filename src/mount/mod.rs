@@ -4,7 +4,8 @@
 //! [`Mount`] says what to mount where; [`Mount::start`] makes it, [`Mounted::serve`] lives with
 //! it; [`unmount()`] takes it down from another process. `adapter` is all that knows FUSE requests;
 //! `view` is the file system without them, made of `tree` (inodes and names), `image` (the chain of the
-//! moment, as flat files: `flat`; its layers, snapshots and partitions: `parts`) and `control` (commands and jobs).
+//! moment, as flat files: `flat`; its layers, snapshots and partitions: `parts`; what a guest writes:
+//! `writing`) and `control` (commands and jobs).
 
 mod adapter;
 mod control;
@@ -19,6 +20,7 @@ mod snapshots;
 mod tree;
 mod unmount;
 mod view;
+mod writing;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -36,6 +38,7 @@ use image::Image;
 pub use options::MountOptions;
 pub use unmount::{Manner, unmount};
 use view::{Ownership, View};
+pub use writing::Writing;
 
 /// What to mount, where, and how.
 #[derive(Debug)]
@@ -52,6 +55,8 @@ pub struct Mount {
     pub options: MountOptions,
     /// How many threads serve, at least 1.
     pub threads: usize,
+    /// What may be written to the disk.
+    pub writing: Writing,
 }
 
 /// A mount that stands: it can be used from now on, and [`serve`](Self::serve) keeps it.
@@ -67,10 +72,15 @@ impl Mount {
         let mountpoint = point::check(&point::absolute(&self.mountpoint)?, &image)?;
         let config = self.options.config(&image, self.threads.max(1))?;
         let (chain, read_only) = open(&self.opener, &image, self.format)?;
+        let chain = match (self.writing, read_only.as_ref()) {
+            (Writing::Refused, _) => chain,
+            (_, None) => writing::prepare(&chain, &self.opener)?,
+            (_, Some(why)) => return Err(Error::new(why.kind(), why.to_string())),
+        };
         let ownership = ownership(&image)?;
         let disk = Arc::new(Image::new(chain));
         let control = Arc::new(Control::new(disk.clone(), read_only));
-        let view = View::new(disk.clone(), control.clone(), ownership);
+        let view = View::new(disk.clone(), control.clone(), ownership, self.writing);
         session::mount(view, disk, control, self.opener.renewed(), mountpoint, &config).map(Mounted)
     }
 }

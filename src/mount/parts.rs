@@ -60,6 +60,12 @@ impl Parts {
         self.viewed.clone()
     }
 
+    /// Forgets what a guest's write may have changed: where partitions lie, and what is data in them.
+    pub(super) fn note_written(&self) {
+        *lock(&self.partitions) = None;
+        lock(&self.open).retain(|(part, _)| !matches!(part, Part::Partition(_)));
+    }
+
     /// Lets all block counts that are under way stop.
     pub(super) fn stop_counting(&self) {
         lock(&self.open).iter().for_each(|(_, flat)| flat.stop_counting());

@@ -18,7 +18,7 @@ use super::image::Image;
 use super::tree::{Inode, Node};
 use super::view::View;
 use crate::chain::Opener;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys::{self, StopSignals};
 
 /// How far the kernel reads ahead of a sequential reader, in KiB. Its own default is 128.
@@ -27,8 +27,9 @@ const READ_AHEAD: u32 = 1024;
 /// After the mount is gone, threads get so long to notice.
 const FAREWELL: Duration = Duration::from_secs(2);
 
-/// How often to look whether somebody has changed a backing file.
-const LOOK: Duration = Duration::from_secs(30);
+/// How often to look whether somebody has changed a backing file, and to make durable what was written and
+/// never synced.
+const LOOK: Duration = Duration::from_secs(5);
 
 /// Why a mount ends.
 enum End {
@@ -41,6 +42,7 @@ enum End {
 /// A mount that stands.
 pub(super) struct Mounted {
     mountpoint: PathBuf,
+    image: Arc<Image>,
     control: Arc<Control>,
     unmounter: SessionUnmounter,
     ends: Receiver<End>,
@@ -71,8 +73,11 @@ pub(super) fn mount(
     let device = std::fs::metadata(&mountpoint)
         .map_err(|e| Error::io(e, "cannot stat the mount").path(&mountpoint))?;
     read_ahead(device.dev());
-    control.start(opener.forbid_device(device.dev()), move |bytes| forget(&notifier, &image, bytes));
-    Ok(Mounted { mountpoint, control, unmounter, ends })
+    control.start(opener.forbid_device(device.dev()), {
+        let image = image.clone();
+        move |bytes| forget(&notifier, &image, bytes)
+    });
+    Ok(Mounted { mountpoint, image, control, unmounter, ends })
 }
 
 impl Mounted {
@@ -80,12 +85,26 @@ impl Mounted {
     pub(super) fn serve(mut self) -> Result<()> {
         let end = loop {
             match self.ends.recv_timeout(LOOK) {
-                // Who never looks into ctl/status finds it in the log.
-                Err(RecvTimeoutError::Timeout) => drop(self.control.look_at_backing_files()),
+                Err(RecvTimeoutError::Timeout) => self.look_around(),
                 end => break end,
             }
         };
         self.control.close();
+        let ended = self.end(end);
+        // Nobody can write any more.
+        let flushed = self.image.flush().doing(|| "making durable what was written".to_owned());
+        ended.and(flushed)
+    }
+
+    fn look_around(&self) {
+        // Who never looks into ctl/status finds it in the log.
+        drop(self.control.look_at_backing_files());
+        if let Err(e) = self.image.flush_changes() {
+            log::error!("making durable what was written: {e}");
+        }
+    }
+
+    fn end(&mut self, end: Result<End, RecvTimeoutError>) -> Result<()> {
         match end {
             Ok(End::Gone(result)) => {
                 result.map_err(|e| Error::io(e, "serving the mount").path(&self.mountpoint))

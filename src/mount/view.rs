@@ -12,6 +12,7 @@ use super::flat::{Allocated, Flat, Seek};
 use super::image::Image;
 use super::parts::{Folder, Part};
 use super::tree::{ControlFile, Directory, Inode, Node};
+use super::writing::{Writing, write_errno};
 use crate::error::{Error, ErrorKind, Result};
 
 /// How long the kernel may go on believing what does not change, or of which it will be told.
@@ -41,6 +42,8 @@ pub(super) struct Attributes {
     pub(super) blocks: u64,
     pub(super) permissions: u16,
     pub(super) links: u32,
+    /// When a guest has written to it last, if one has.
+    pub(super) written: Option<SystemTime>,
     /// How long the attributes hold.
     pub(super) valid: Duration,
     /// How long the name leads to this inode.
@@ -77,18 +80,24 @@ enum Open {
 
 /// The mounted view.
 pub(super) struct View {
-    image: Arc<Image>,
+    pub(super) image: Arc<Image>,
     control: Arc<Control>,
     ownership: Ownership,
+    writing: Writing,
     /// The open files by handle. The disk and what changes with it needs none and has 0.
     open: Mutex<HashMap<u64, Open>>,
     next_handle: AtomicU64,
 }
 
 impl View {
-    pub(super) fn new(image: Arc<Image>, control: Arc<Control>, ownership: Ownership) -> Self {
+    pub(super) fn new(
+        image: Arc<Image>,
+        control: Arc<Control>,
+        ownership: Ownership,
+        writing: Writing,
+    ) -> Self {
         let (open, next_handle) = (Mutex::default(), AtomicU64::new(1));
-        Self { image, control, ownership, open, next_handle }
+        Self { image, control, ownership, writing, open, next_handle }
     }
 
     pub(super) fn ownership(&self) -> Ownership {
@@ -147,7 +156,9 @@ impl View {
     fn attributes_of_disk(&self, inode: Inode) -> Attributes {
         let layer_0_is_the_same_file = 2;
         let shown = attributes_of_data(inode, self.image.size(), self.image.allocated());
-        Attributes { links: layer_0_is_the_same_file, name_valid: FOREVER, ..shown }
+        let permissions = if self.writing == Writing::Refused { 0o444 } else { 0o644 };
+        let (links, written) = (layer_0_is_the_same_file, self.image.written());
+        Attributes { links, written, permissions, name_valid: FOREVER, ..shown }
     }
 
     fn attributes_of_part(&self, inode: Inode, part: Part) -> Result<Attributes> {
@@ -155,7 +166,13 @@ impl View {
             return Ok(attributes_of_data(inode, past.size(), Allocated::AtMost(past.size())));
         }
         let view = self.image.part(part).map_err(|e| data_error(&e))?;
-        Ok(attributes_of_data(inode, view.size(), view.allocated()))
+        let shown = attributes_of_data(inode, view.size(), view.allocated());
+        Ok(match (self.writing, part) {
+            (Writing::Refused, _) | (_, Part::Layer(_) | Part::Snapshot(_)) => shown,
+            (_, Part::Partition(_)) => {
+                Attributes { written: self.image.written(), valid: Duration::ZERO, ..shown }
+            }
+        })
     }
 
     /// A layer of a chain that was replaced, if somebody has it open.
@@ -190,6 +207,7 @@ impl View {
             blocks: size.div_ceil(512),
             permissions: readable | if is_writable { 0o200 } else { 0 },
             links: 1,
+            written: None,
             valid,
             // The name leads to another incarnation as soon as a job runs.
             name_valid: Duration::ZERO,
@@ -225,6 +243,10 @@ impl View {
     pub(super) fn open(&self, inode: Inode) -> Result<(u64, Pages)> {
         let (open, pages) = match inode.node().ok_or_else(no_such_file)? {
             Node::Directory(_) => return Err(Error::new(ErrorKind::IsDirectory, "a directory")),
+            // The kernel does not know that what is written to the disk is in a partition too.
+            Node::Part(Part::Partition(_)) if self.writing != Writing::Refused => {
+                return Ok((0, Pages::None));
+            }
             Node::Disk | Node::Part(Part::Snapshot(_) | Part::Partition(_)) => return Ok((0, Pages::Kept)),
             Node::Control(file) => (Open::Control(Arc::new(Mutex::new(Opened::new(file)))), Pages::None),
             Node::Part(part @ Part::Layer(_)) => {
@@ -265,13 +287,28 @@ impl View {
         }
     }
 
-    /// Takes what was written to a control file. A rebase that it starts answers when it ends.
-    pub(super) fn write(&self, handle: u64, bytes: &[u8], writer: Writer, answer: Answer) {
+    /// Takes what was written to a file, and answers with how much of it was. A rebase that it starts
+    /// answers when it ends; a write to the disk when the disk need not stand still any more.
+    pub(super) fn write(
+        &self,
+        (inode, handle): (Inode, u64),
+        offset: u64,
+        bytes: &[u8],
+        writer: Writer,
+        answer: impl FnOnce(Result<usize, i32>) + Send + 'static,
+    ) {
+        if inode == Inode::DISK {
+            return self.when_disk_moves(bytes, move |image, bytes| {
+                answer(image.write(offset, bytes).map_err(|e| write_errno(&e)));
+            });
+        }
+        let length = bytes.len();
+        let answer = move |result: Result<(), i32>| answer(result.map(|()| length));
         match self.opened_control(handle) {
             Err(e) => answer(Err(e.errno())),
             Ok(opened) => {
                 let mut opened = opened.lock().unwrap_or_else(PoisonError::into_inner);
-                self.control.write(&mut opened, bytes, writer, answer);
+                self.control.write(&mut opened, bytes, writer, Box::new(answer));
             }
         }
     }
@@ -288,11 +325,23 @@ impl View {
         }
     }
 
-    /// Cuts a control file to nothing, which shells do before they write to it and which means
-    /// nothing here.
-    pub(super) fn truncate(&self, inode: Inode) -> Result<Attributes> {
+    /// Lets a file have so many bytes: a control file none, which shells want before they write to it
+    /// and which means nothing here; the disk more than it has, if it may grow.
+    pub(super) fn resize(&self, inode: Inode, size: u64) -> Result<Attributes> {
         match inode.node() {
-            Some(Node::Control(file)) if file.is_writable() => self.attributes(inode),
+            Some(Node::Control(file)) if file.is_writable() && size == 0 => self.attributes(inode),
+            Some(Node::Disk) if self.writing != Writing::Refused && size == self.image.size() => {
+                self.attributes(inode)
+            }
+            Some(Node::Disk) if self.writing == Writing::BytesAndSize && size > self.image.size() => {
+                self.image.grow(size).inspect_err(|e| log::error!("growing the disk: {e}"))?;
+                self.attributes(inode)
+            }
+            Some(Node::Disk) if self.writing != Writing::Refused => {
+                let what = "the disk keeps its size; with --grow it can become larger";
+                Err(Error::new(ErrorKind::NotPermitted, what))
+            }
+            Some(Node::Control(_)) if size != 0 => Err(Error::new(ErrorKind::NotPermitted, "not a size")),
             _ => Err(Error::new(ErrorKind::PermissionDenied, "this file is for reading")),
         }
     }
@@ -345,6 +394,7 @@ fn attributes_of_directory(inode: Inode) -> Attributes {
         permissions: 0o555,
         // As btrfs has it: nobody counts what lies in it.
         links: 1,
+        written: None,
         valid: FOREVER,
         name_valid: FOREVER,
     }
@@ -362,6 +412,7 @@ fn attributes_of_data(inode: Inode, size: u64, allocated: Allocated) -> Attribut
         blocks: bytes.div_ceil(512),
         permissions: 0o444,
         links: 1,
+        written: None,
         valid,
         // After a rebase it may lead to another one.
         name_valid: Duration::ZERO,
@@ -373,7 +424,7 @@ fn no_such_file() -> Error {
 }
 
 /// Whatever is the matter with the image: who reads a disk expects EIO. The words go to the log.
-fn data_error(error: &Error) -> Error {
+pub(super) fn data_error(error: &Error) -> Error {
     log::error!("{error}");
     Error::new(ErrorKind::Io, error.to_string())
 }
@@ -397,7 +448,8 @@ mod tests {
         let image = Arc::new(Image::new(chain));
         let control = Arc::new(Control::new(image.clone(), None));
         control.start(Opener::new(), |_| {});
-        View::new(image, control, Ownership { user: 1, group: 2, modified: SystemTime::UNIX_EPOCH })
+        let ownership = Ownership { user: 1, group: 2, modified: SystemTime::UNIX_EPOCH };
+        View::new(image, control, ownership, Writing::Refused)
     }
 
     fn find(view: &View, path: &[&str]) -> Attributes {
@@ -407,11 +459,12 @@ mod tests {
 
     /// Opens a control file, writes to it, closes it; returns the answers to both.
     fn write(view: &View, file: &str, bytes: &[u8]) -> [Result<(), i32>; 2] {
-        let (handle, pages) = view.open(find(view, &["ctl", file]).inode).unwrap();
+        let inode = find(view, &["ctl", file]).inode;
+        let (handle, pages) = view.open(inode).unwrap();
         assert_eq!(pages, Pages::None);
         let (sender, answers) = channel();
         let closed = sender.clone();
-        view.write(handle, bytes, NOBODY, Box::new(move |answer| sender.send(answer).unwrap()));
+        view.write((inode, handle), 0, bytes, NOBODY, move |answer| sender.send(answer.map(drop)).unwrap());
         let written = answers.recv().unwrap();
         view.flush(handle, NOBODY, Box::new(move |answer| closed.send(answer).unwrap()));
         view.release(handle);
@@ -468,7 +521,7 @@ mod tests {
         assert_eq!((before.name_valid, after.size), (Duration::ZERO, PAGE));
         // Who holds the old one can go on with it.
         assert_eq!(view.attributes(before.inode).unwrap(), before);
-        assert_eq!(view.truncate(before.inode).unwrap(), before);
+        assert_eq!(view.resize(before.inode, 0).unwrap(), before);
     }
 
     #[test]
@@ -478,7 +531,7 @@ mod tests {
         let errno = |error: Error| error.errno();
         assert_eq!(view.lookup(Inode::ROOT, "x".as_ref()).map_err(errno).unwrap_err(), 2);
         assert!(view.attributes(Inode(99)).is_err() && view.list(Inode::DISK, 0).is_err());
-        assert!(view.open(Inode::ROOT).is_err() && view.truncate(Inode::DISK).is_err());
+        assert!(view.open(Inode::ROOT).is_err() && view.resize(Inode::DISK, 0).is_err());
         assert!(view.read(find(&view, &["ctl", "status"]).inode, 77, 0, &mut [0]).is_err());
         assert_eq!(view.list(Inode::ROOT, 0).unwrap().len(), 6);
     }

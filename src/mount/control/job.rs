@@ -90,6 +90,7 @@ impl Control {
         let not_yet = || Error::new(ErrorKind::Busy, "the mount is not ready yet");
         let mounted = self.mounted.get().ok_or_else(not_yet)?;
         let Running { command: Command { task, options, request }, progress } = job;
+        let _changing = self.image.changing();
         self.look_at_backing_files();
         // A new one for each job: it would keep the files of old chains open.
         let opener = mounted.opener.renewed().caching(CacheMode::default(), options.backing_cache);

@@ -1,0 +1,182 @@
+//! What a guest writes to the flat file: into the overlay, through its writer.
+//!
+//! Knows where the disk ends and which errors a writer understands; how a write becomes clusters is the
+//! writer's business.
+
+use std::sync::{Arc, MutexGuard, PoisonError};
+use std::thread;
+
+use super::control::Answer;
+use super::image::Image;
+use super::tree::Inode;
+use super::view::{View, data_error};
+use crate::chain::{Chain, Opener};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::file::Lock;
+use crate::layer::qcow2::repair::recover;
+use crate::layer::qcow2::{Live, Qcow2};
+use crate::layer::{GuestOffset, Layer};
+use crate::rebase::refuse_shared_files;
+
+/// What may be written to the disk of a mount.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Writing {
+    /// Nothing.
+    #[default]
+    Refused,
+    /// Its bytes.
+    Bytes,
+    /// Its bytes, and a larger size.
+    BytesAndSize,
+}
+
+/// What becomes of a range that is zeroed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Space {
+    Kept,
+    GivenBack,
+}
+
+/// Lets the top of `chain`, opened for writing, be written by a guest. It is locked from now on; an image
+/// that was not closed properly is repaired first.
+pub(super) fn prepare(chain: &Chain, opener: &Opener) -> Result<Chain> {
+    let top = chain.top().ok_or_else(|| Error::invalid("there is no image to write to"))?;
+    let Some(image) = top.as_qcow2() else {
+        let what = format!("a {} image is not written through a mount", top.format());
+        return Err(Error::unsupported(what).path(top.file().path()).hint("write to the file itself"));
+    };
+    refuse_shared_files(top, &chain.below(0))?;
+    if !opener.takes_locks() {
+        log::warn!("{}: --force-share is about reading: the image is locked", top.file().path().display());
+    }
+    lock(top).doing(|| "locking the overlay for writing".to_owned())?;
+    // Nobody else writes from now on, but somebody may have since it was opened.
+    let image = image.reopen()?;
+    let image: Qcow2 = if image.is_dirty() { recover(&image)? } else { image };
+    let live = Live::open(&image)?;
+    Ok(chain.below(0).under(Arc::new(live)))
+}
+
+fn lock(top: &Arc<dyn Layer>) -> Result<()> {
+    top.file().lock(Lock::Write)?;
+    match top.data_file().identity() == top.file().identity() {
+        true => Ok(()),
+        false => top.data_file().lock(Lock::Write),
+    }
+}
+
+fn live(chain: &Chain) -> Result<&Live> {
+    let live = chain.top().and_then(|top| top.as_live());
+    live.ok_or_else(|| {
+        Error::new(ErrorKind::ReadOnly, "the disk is mounted for reading; --rw is for writing")
+    })
+}
+
+impl Image {
+    /// Writes `bytes` at `offset` as far as the disk reaches; returns how many that were.
+    pub(super) fn write(&self, offset: u64, bytes: &[u8]) -> Result<usize> {
+        let chain = self.chain();
+        let live = live(&chain)?;
+        let left = chain.virtual_size().saturating_sub(offset);
+        let length = left.min(bytes.len() as u64) as usize;
+        if length == 0 && !bytes.is_empty() {
+            return Err(Error::new(ErrorKind::NoSpace, "the disk ends before that"));
+        }
+        let written = live.writer().write(&chain, GuestOffset(offset), &bytes[..length]);
+        self.note_written();
+        written.map(|()| length)
+    }
+
+    /// Zeroes a range, as far as the disk reaches.
+    pub(super) fn zero(&self, offset: u64, length: u64, space: Space) -> Result<()> {
+        let chain = self.chain();
+        let live = live(&chain)?;
+        let length = length.min(chain.virtual_size().saturating_sub(offset));
+        let zeroed = live.writer().zero(&chain, GuestOffset(offset), length, space == Space::GivenBack);
+        self.note_written();
+        zeroed
+    }
+
+    /// Returns when all that was written is durable.
+    pub(super) fn flush(&self) -> Result<()> {
+        match live(&self.chain()) {
+            Ok(live) => live.writer().flush(),
+            // Nothing was written.
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// Makes durable what waits in memory, if anything does.
+    pub(super) fn flush_changes(&self) -> Result<()> {
+        match live(&self.chain()) {
+            Ok(live) if live.writer().has_changes() => live.writer().flush(),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether a write would have to wait for somebody who needs the disk to stand still.
+    pub(super) fn is_held_off(&self) -> bool {
+        live(&self.chain()).is_ok_and(|live| live.writer().is_held_off())
+    }
+
+    /// Nobody else gives the disk another chain as long as this lives.
+    pub(super) fn changing(&self) -> MutexGuard<'_, ()> {
+        self.change_lock().lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets the disk have `size` bytes, more than it has; the new ones are zeros.
+    pub(super) fn grow(&self, size: u64) -> Result<()> {
+        let Ok(_changing) = self.change_lock().try_lock() else {
+            return Err(Error::new(ErrorKind::Busy, "the disk cannot grow while a rebase is under way"));
+        };
+        let chain = self.chain();
+        let (live, below, old) = (live(&chain)?, chain.below(0), chain.virtual_size());
+        let wider = live.widened(size)?;
+        let view = below.under(Arc::new(wider.clone()));
+        live.writer().zero(&view, GuestOffset(old), size - old, true)?;
+        self.replace(below.under(Arc::new(wider.grown()?)));
+        Ok(())
+    }
+}
+
+impl View {
+    /// Zeroes a range of the disk.
+    pub(super) fn zero(&self, inode: Inode, (offset, length): (u64, u64), space: Space, answer: Answer) {
+        if inode != Inode::DISK {
+            return answer(Err(ErrorKind::Unsupported.errno()));
+        }
+        self.when_disk_moves(&[], move |image, _| {
+            answer(image.zero(offset, length, space).map_err(|e| write_errno(&e)));
+        });
+    }
+
+    /// Lets `work` write to the disk: here, or in a thread of its own if it has to wait, for those who
+    /// serve are needed to serve others meanwhile.
+    pub(super) fn when_disk_moves(&self, bytes: &[u8], work: impl FnOnce(&Image, &[u8]) + Send + 'static) {
+        if !self.image.is_held_off() {
+            return work(&self.image, bytes);
+        }
+        let (image, bytes) = (self.image.clone(), bytes.to_vec());
+        let waiting = thread::Builder::new().name("write".into()).spawn(move || work(&image, &bytes));
+        if let Err(e) = waiting {
+            // The answer has gone with the closure; fuser gives EIO in its place.
+            log::error!("cannot start a thread to write: {e}");
+        }
+    }
+
+    /// Returns when all that was written to a file is durable.
+    pub(super) fn sync(&self, inode: Inode) -> Result<()> {
+        match inode {
+            Inode::DISK => self.image.flush().map_err(|e| data_error(&e)),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What a writer understands: that there is no space, or that he may not; else that it went wrong.
+pub(super) fn write_errno(error: &Error) -> i32 {
+    match error.kind() {
+        ErrorKind::NoSpace | ErrorKind::ReadOnly => error.errno(),
+        _ => data_error(error).errno(),
+    }
+}
