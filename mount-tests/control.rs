@@ -2,6 +2,7 @@
 
 mod difference;
 mod rebase;
+mod wait;
 
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};

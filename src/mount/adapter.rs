@@ -8,12 +8,12 @@ use std::time::SystemTime;
 
 use fuser::{
     BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
-    InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
-    ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs,
-    ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags, PollEvents, PollFlags, PollNotifier,
+    RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl,
+    ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
-use super::control::Writer;
+use super::control::{Waker, Writer};
 use super::flat::Seek;
 use super::tree::Inode;
 use super::view::{Attributes, Child, Pages, View};
@@ -30,6 +30,10 @@ const MAX_BACKGROUND: u16 = 64;
 
 /// The block size that `stat` and `statfs` show, in bytes.
 const BLOCK: u32 = 4096;
+
+/// What a file is ready for that has something to read, as the kernel has it of files without poll.
+const READY: PollEvents =
+    PollEvents::POLLIN.union(PollEvents::POLLRDNORM).union(PollEvents::POLLOUT).union(PollEvents::POLLWRNORM);
 
 /// A [`View`] as fuser wants it.
 pub(super) struct Adapter(pub(super) View);
@@ -259,6 +263,27 @@ impl Filesystem for Adapter {
             Ok(None) => reply.error(Errno::ENXIO),
             Err(e) => reply.error(errno(&e)),
         }
+    }
+
+    fn poll(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        handle: FileHandle,
+        notifier: PollNotifier,
+        events: PollEvents,
+        flags: PollFlags,
+        reply: ReplyPoll,
+    ) {
+        let wake = move || {
+            if let Err(e) = notifier.notify() {
+                log::debug!("the kernel does not know who waits: {e}");
+            }
+        };
+        let waits = flags.contains(PollFlags::FUSE_POLL_SCHEDULE_NOTIFY);
+        let waker: Option<Waker> = if waits { Some(Box::new(wake)) } else { None };
+        // The kernel asks for errors and hang-ups, too, and takes what it gets for the truth.
+        reply.poll(if self.0.poll(handle.0, waker) { events & READY } else { PollEvents::empty() });
     }
 
     // What follows does not exist here. fuser would write a warning for each.

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use super::control::{Answer, Control, Opened, Writer};
+use super::control::{Answer, Control, Opened, Waker, Writer};
 use super::flat::{Allocated, Flat, Seek};
 use super::image::Image;
 use super::parts::{Folder, Part};
@@ -266,7 +266,22 @@ impl View {
     }
 
     pub(super) fn release(&self, handle: u64) {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner).remove(&handle);
+        let closed = self.open.lock().unwrap_or_else(PoisonError::into_inner).remove(&handle);
+        if let Some(Open::Control(_)) = closed {
+            self.control.release(handle);
+        }
+    }
+
+    /// Whether a file has something to read that was not read from this opening yet; see
+    /// [`Control::poll`]. All but control files always have.
+    pub(super) fn poll(&self, handle: u64, waker: Option<Waker>) -> bool {
+        match self.opened_control(handle) {
+            Err(_) => true,
+            Ok(opened) => {
+                let opened = opened.lock().unwrap_or_else(PoisonError::into_inner);
+                self.control.poll(&opened, handle, waker)
+            }
+        }
     }
 
     /// Fills `buffer` from `offset` on; returns how much there was.

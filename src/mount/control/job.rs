@@ -23,6 +23,7 @@ impl Control {
         if let Err(error) = admit(&state) {
             let errno = error.errno();
             state.refused = Some(error.to_string());
+            state.changes.add();
             drop(state);
             return answer(Err(errno));
         }
@@ -33,6 +34,7 @@ impl Control {
         };
         let errno = refused.errno();
         state.last = Some(Outcome { asked: None, result: Err(refused) });
+        state.changes.add();
         drop(state);
         answer(Err(errno));
     }
@@ -59,11 +61,13 @@ impl Control {
                 state.running = Some(running);
                 state.worker = Some(worker);
                 self.jobs.fetch_add(1, Ordering::AcqRel);
+                state.changes.add();
             }
             Err(e) => {
                 // The answer has gone with the closure; fuser gives EIO in its place.
                 let result = Err(Error::io(e, "cannot start a thread"));
                 state.last = Some(Outcome { asked: Some(running), result });
+                state.changes.add();
             }
         }
     }
@@ -137,6 +141,7 @@ impl Control {
         let mut state = self.state();
         state.running = None;
         state.last = Some(Outcome { asked: Some(job), result });
+        state.changes.add();
         errno
     }
 }

@@ -4,6 +4,7 @@
 //! Knows the image and the rebase engine, but neither inodes nor fuser. One job at a time.
 
 mod backing_files;
+mod changes;
 mod command;
 mod job;
 mod map;
@@ -21,6 +22,8 @@ use crate::chain::{Change, Opener};
 use crate::error::{Error, ErrorKind, Result};
 use crate::rebase::{Progress, Report};
 use backing_files::BackingFiles;
+use changes::Changes;
+pub(super) use changes::Waker;
 pub use command::in_words;
 use command::{Command, Line, Task};
 use map::MapText;
@@ -72,6 +75,7 @@ struct State {
     compared: Arc<[u8]>,
     /// Why a command was turned away while another ran.
     refused: Option<String>,
+    changes: Changes,
     is_closed: bool,
 }
 
@@ -105,11 +109,13 @@ pub(super) struct Opened {
     writer: Option<Writer>,
     text: Option<Vec<u8>>,
     map: MapText,
+    /// The last change of the state that was read of, if anything was read.
+    seen: Option<u64>,
 }
 
 impl Opened {
     pub(super) fn new(file: ControlFile) -> Self {
-        Self { file, line: Line::default(), writer: None, text: None, map: MapText::default() }
+        Self { file, line: Line::default(), writer: None, text: None, map: MapText::default(), seen: None }
     }
 
     /// What a line that was written to it asks for.
@@ -174,6 +180,7 @@ impl Control {
         }
         if offset == 0 {
             opened.text = None;
+            opened.seen = Some(self.state().changes.number());
         }
         let text = match &mut opened.text {
             Some(text) => text,
@@ -209,6 +216,17 @@ impl Control {
             ControlFile::Difference | ControlFile::Rebase => self.found(file).to_vec(),
             ControlFile::Cancel | ControlFile::Map => Vec::new(),
         })
+    }
+
+    /// Whether there is anything to read that was not read yet. If not, `waker` is called when there is.
+    /// Only `ctl/status` has something new, each time another state begins.
+    pub(super) fn poll(&self, opened: &Opened, opening: u64, waker: Option<Waker>) -> bool {
+        opened.file != ControlFile::Status || self.state().changes.is_after(opened.seen, opening, waker)
+    }
+
+    /// An opening is closed.
+    pub(super) fn release(&self, opening: u64) {
+        self.state().changes.forget(opening);
     }
 
     /// What has changed of the backing files since the chain was opened; it goes to the log too, once.
@@ -266,8 +284,10 @@ impl Control {
     }
 
     fn cancel(&self) {
-        if let Some(running) = &self.state().running {
+        let mut state = self.state();
+        if let Some(running) = &state.running {
             running.progress.cancel();
+            state.changes.add();
         }
     }
 
