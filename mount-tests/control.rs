@@ -502,8 +502,13 @@ fn no_reader_ever_sees_another_byte() {
 
 /// `disk.raw` as the server gives it now, past the page cache.
 fn uncached(mounted: &Mounted, length: usize) -> Vec<u8> {
+    uncached_file(mounted, "disk.raw", length)
+}
+
+/// The same of any file.
+pub fn uncached_file(mounted: &Mounted, name: &str, length: usize) -> Vec<u8> {
     const O_DIRECT: i32 = 0o40000;
-    let disk = File::options().read(true).custom_flags(O_DIRECT).open(mounted.path("disk.raw")).unwrap();
+    let disk = File::options().read(true).custom_flags(O_DIRECT).open(mounted.path(name)).unwrap();
     let mut bytes = vec![0; length + 4096];
     let skip = bytes.as_ptr().align_offset(4096);
     disk.read_exact_at(&mut bytes[skip..skip + length], 0).unwrap();

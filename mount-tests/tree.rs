@@ -1,5 +1,8 @@
 //! The whole mounted tree, walked by `tree.sh` with a user's own tools.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::control::uncached_file;
 use crate::mounted::{Mounted, open_dev_fuse};
 use crate::scratch::{Scratch, rebasefs};
 
@@ -53,4 +56,46 @@ fn the_layers_of_a_long_chain_and_many_snapshots_are_all_there() {
         assert!(bytes[0] == n - 1 && bytes[65536..] == expected[11][65536..], "snapshot {n}");
     }
     assert_eq!(std::fs::read_dir(mounted.path("snapshots")).unwrap().count(), 40);
+}
+
+/// Snapshot and disk share tables, which a rebase changes and a reclaim gives back.
+#[test]
+fn no_reader_of_a_snapshot_ever_sees_another_byte() {
+    let s = Scratch::new();
+    let cells = |step: usize| (0..64).map(|n| format!("{:02x}", n % step + 1)).collect::<Vec<_>>().join(" ");
+    s.draw_raw("base.raw", 65536, &cells(7));
+    s.draw_raw("new.raw", 65536, &cells(5));
+    s.qemu_img("create -q -f qcow2 -o cluster_size=4k -b base.raw -F raw cow.qcow2");
+    s.draw("cow.qcow2", 65536, "-- 2a -- zz");
+    s.qemu_img("snapshot -c one cow.qcow2");
+    s.draw("cow.qcow2", 65536, "-- -- 3a 3b -- --");
+    let mounted = Mounted::new(&s, "cow.qcow2");
+    let files = ["snapshots/one.raw", "disk.raw", "layers/0.raw"];
+    let expected = files.map(|name| std::fs::read(mounted.path(name)).unwrap());
+    let is_over = AtomicBool::new(false);
+    let is_the_same = |n: usize| uncached_file(&mounted, files[n], expected[n].len()) == expected[n];
+    let rounds = || {
+        for line in ["-b new.raw", "-b base.raw --reclaim", "-b new.raw --reclaim", "-b ''"] {
+            std::fs::write(mounted.path("ctl/rebase"), format!("{line}\n"))?;
+        }
+        Ok::<_, std::io::Error>(())
+    };
+    std::thread::scope(|scope| {
+        for n in [0, 0, 1, 2] {
+            let (is_over, is_the_same) = (&is_over, &is_the_same);
+            scope.spawn(move || {
+                while !is_over.load(Ordering::Relaxed) {
+                    assert!(is_the_same(n), "{}", files[n]);
+                }
+            });
+        }
+        let done = rounds();
+        is_over.store(true, Ordering::Relaxed);
+        done.unwrap_or_else(|e| panic!("{e}: {}", mounted.says("status")));
+    });
+    assert!((0..3).all(is_the_same));
+    mounted.unmount();
+    s.qemu_img("convert -O raw -l snapshot.name=one cow.qcow2 one.raw");
+    assert!(std::fs::read(s.path("one.raw")).unwrap() == expected[0]);
+    s.check_clean("cow.qcow2");
 }
