@@ -1,10 +1,11 @@
 //! The whole mounted tree, walked by `tree.sh` with a user's own tools.
 
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::control::uncached_file;
 use crate::mounted::{Mounted, open_dev_fuse};
-use crate::scratch::{Scratch, rebasefs};
+use crate::scratch::{LoopMount, Scratch, rebasefs};
 
 /// Runs the script in an empty directory, `as_whom` being what starts programs as somebody.
 fn walk(as_whom: &[&str]) {
@@ -98,4 +99,36 @@ fn no_reader_of_a_snapshot_ever_sees_another_byte() {
     s.qemu_img("convert -O raw -l snapshot.name=one cow.qcow2 one.raw");
     assert!(std::fs::read(s.path("one.raw")).unwrap() == expected[0]);
     s.check_clean("cow.qcow2");
+}
+
+/// With --rw, somebody may divide the disk and write into it by its other name.
+#[test]
+fn partitions_follow_what_is_written_to_the_disk() {
+    let s = Scratch::new();
+    s.qemu_img("create -q -f qcow2 cow.qcow2 8M");
+    s.write("hello", b"world\n");
+    let mounted = Mounted::with(&s, "cow.qcow2", "--rw");
+    assert!(!mounted.path("partitions").exists());
+    let disk = std::fs::File::options().write(true).open(mounted.path("disk.raw")).unwrap();
+    assert_eq!(mounted.shell("echo start=2048,size=4M,type=83 | sfdisk -q disk.raw").0, Some(0));
+    let partition = std::fs::File::open(mounted.path("partitions/1.raw")).unwrap();
+    assert_eq!(partition.metadata().unwrap().len(), 4 << 20);
+    let first = || {
+        let mut bytes = [0; 4];
+        partition.read_exact_at(&mut bytes, 0).unwrap();
+        bytes
+    };
+    for written in [[0; 4], [1; 4], [2; 4]] {
+        disk.write_all_at(&written, 1 << 20).unwrap();
+        assert_eq!(first(), written);
+    }
+    s.ok("mkdir", "files");
+    s.ok("mv", "hello files");
+    s.ok("mke2fs", "-q -t ext4 -d files fs.img 4M");
+    assert_eq!(mounted.shell("dd if=../fs.img of=disk.raw bs=1M seek=1 conv=notrunc status=none").0, Some(0));
+    let guest = LoopMount::new(&s, &mounted.path("partitions/1.raw"), "ro");
+    assert_eq!(std::fs::read(guest.path().join("hello")).unwrap(), b"world\n");
+    drop(guest);
+    assert_eq!(mounted.shell("echo start=4096,size=1M,type=83 | sfdisk -q disk.raw").0, Some(0));
+    assert_eq!(std::fs::metadata(mounted.path("partitions/1.raw")).unwrap().len(), 1 << 20);
 }

@@ -13,10 +13,11 @@ use fuser::{
     ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
+use super::attributes::Attributes;
 use super::control::{Waker, Writer};
 use super::flat::Seek;
 use super::tree::Inode;
-use super::view::{Attributes, Child, Pages, View};
+use super::view::{Child, Pages, View};
 use super::writing::Space;
 use crate::error::Error;
 use crate::file::AlignedBuffer;

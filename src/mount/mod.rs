@@ -8,6 +8,7 @@
 //! `writing`) and `control` (commands and jobs).
 
 mod adapter;
+mod attributes;
 mod control;
 mod flat;
 mod image;

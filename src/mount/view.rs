@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use super::attributes::{Attributes, FOREVER};
 use super::control::{Answer, Control, Opened, Waker, Writer};
 use super::flat::{Allocated, Flat, Seek};
 use super::image::Image;
@@ -14,9 +15,6 @@ use super::parts::{Folder, Part};
 use super::tree::{ControlFile, Directory, Inode, Node};
 use super::writing::{Writing, write_errno};
 use crate::error::{Error, ErrorKind, Result};
-
-/// How long the kernel may go on believing what does not change, or of which it will be told.
-const FOREVER: Duration = Duration::from_secs(24 * 3600);
 
 /// The size shown for control files that can be written. The kernel lets several processes write
 /// at the same time only below the end of a file, and a second writer shall not queue up, but be
@@ -30,24 +28,6 @@ pub(super) struct Ownership {
     pub(super) group: u32,
     /// When the image was last modified: a rebase changes nothing that can be seen in it.
     pub(super) modified: SystemTime,
-}
-
-/// What `stat` shows of a file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Attributes {
-    pub(super) inode: Inode,
-    pub(super) is_directory: bool,
-    pub(super) size: u64,
-    /// In units of 512 bytes.
-    pub(super) blocks: u64,
-    pub(super) permissions: u16,
-    pub(super) links: u32,
-    /// When a guest has written to it last, if one has.
-    pub(super) written: Option<SystemTime>,
-    /// How long the attributes hold.
-    pub(super) valid: Duration,
-    /// How long the name leads to this inode.
-    pub(super) name_valid: Duration,
 }
 
 /// What the kernel may do with the pages of a file.
@@ -146,7 +126,7 @@ impl View {
 
     pub(super) fn attributes(&self, inode: Inode) -> Result<Attributes> {
         match inode.node().ok_or_else(no_such_file)? {
-            Node::Directory(_) => Ok(attributes_of_directory(inode)),
+            Node::Directory(_) => Ok(Attributes::of_directory(inode)),
             Node::Disk => Ok(self.attributes_of_disk(inode)),
             Node::Control(file) => Ok(self.attributes_of_control(inode, file)),
             Node::Part(part) => self.attributes_of_part(inode, part),
@@ -155,7 +135,7 @@ impl View {
 
     fn attributes_of_disk(&self, inode: Inode) -> Attributes {
         let layer_0_is_the_same_file = 2;
-        let shown = attributes_of_data(inode, self.image.size(), self.image.allocated());
+        let shown = Attributes::of_data(inode, self.image.size(), self.image.allocated());
         let permissions = if self.writing == Writing::Refused { 0o444 } else { 0o644 };
         let (links, written) = (layer_0_is_the_same_file, self.image.written());
         Attributes { links, written, permissions, name_valid: FOREVER, ..shown }
@@ -163,10 +143,10 @@ impl View {
 
     fn attributes_of_part(&self, inode: Inode, part: Part) -> Result<Attributes> {
         if let Some(past) = self.past_layer(inode, part) {
-            return Ok(attributes_of_data(inode, past.size(), Allocated::AtMost(past.size())));
+            return Ok(Attributes::of_data(inode, past.size(), Allocated::AtMost(past.size())));
         }
         let view = self.image.part(part).map_err(|e| data_error(&e))?;
-        let shown = attributes_of_data(inode, view.size(), view.allocated());
+        let shown = Attributes::of_data(inode, view.size(), view.allocated());
         Ok(match (self.writing, part) {
             (Writing::Refused, _) | (_, Part::Layer(_) | Part::Snapshot(_)) => shown,
             (_, Part::Partition(_)) => {
@@ -397,40 +377,6 @@ fn directory(inode: Inode) -> Result<Directory> {
         Some(Node::Directory(directory)) => Ok(directory),
         Some(_) => Err(Error::invalid("not a directory")),
         None => Err(no_such_file()),
-    }
-}
-
-fn attributes_of_directory(inode: Inode) -> Attributes {
-    Attributes {
-        inode,
-        is_directory: true,
-        size: 0,
-        blocks: 0,
-        permissions: 0o555,
-        // As btrfs has it: nobody counts what lies in it.
-        links: 1,
-        written: None,
-        valid: FOREVER,
-        name_valid: FOREVER,
-    }
-}
-
-fn attributes_of_data(inode: Inode, size: u64, allocated: Allocated) -> Attributes {
-    let (bytes, valid) = match allocated {
-        Allocated::Exactly(bytes) => (bytes, FOREVER),
-        Allocated::AtMost(bytes) => (bytes, Duration::ZERO),
-    };
-    Attributes {
-        inode,
-        is_directory: false,
-        size,
-        blocks: bytes.div_ceil(512),
-        permissions: 0o444,
-        links: 1,
-        written: None,
-        valid,
-        // After a rebase it may lead to another one.
-        name_valid: Duration::ZERO,
     }
 }
 
