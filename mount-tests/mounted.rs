@@ -18,6 +18,8 @@ pub struct Mounted {
     mountpoint: PathBuf,
     /// The server, which lives until the mount is gone.
     server: u32,
+    /// When it was started: numbers of processes are used again.
+    started: Option<u64>,
 }
 
 impl Mounted {
@@ -39,7 +41,7 @@ impl Mounted {
     pub fn found(mountpoint: PathBuf) -> Self {
         let server =
             server_of(&mountpoint).unwrap_or_else(|| panic!("no server of {}", mountpoint.display()));
-        Self { mountpoint, server }
+        Self { mountpoint, server, started: started(server) }
     }
 
     /// A file in the mount: `disk.raw`, `ctl/backing`.
@@ -91,7 +93,7 @@ impl Mounted {
     /// Waits until mount and server are gone.
     pub fn wait_until_gone(&self) {
         let (server, mountpoint) = (self.server, &self.mountpoint);
-        wait_until("the server has ended", || !is_running(server));
+        wait_until("the server has ended", || !is_running(server) || started(server) != self.started);
         wait_until("the mount is gone", || !is_mounted(mountpoint));
         // A dead mount would answer ENOTCONN.
         let left = std::fs::read_dir(mountpoint).expect("reading the mount point afterwards");
@@ -149,6 +151,13 @@ pub fn is_running(process: u32) -> bool {
         let status = std::fs::read_to_string(thread.path().join("stat"));
         status.is_ok_and(|status| !status.contains(") Z ") && !status.contains(") X "))
     })
+}
+
+/// When a process was started, in clock ticks since the machine was (`proc_pid_stat(5)`, field 22).
+fn started(process: u32) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    let (_, after_name) = status.rsplit_once(") ")?;
+    after_name.split(' ').nth(19)?.parse().ok()
 }
 
 /// The rebasefs process that was started with this absolute mount point.
