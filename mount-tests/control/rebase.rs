@@ -4,9 +4,8 @@ use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::{
-    CLUSTER, backing, mounted_by_nobody, nobody, old_and_new, output_of, refused, uncached, waiting_writer,
-};
+use super::names::refused;
+use super::{CLUSTER, backing, mounted_by_nobody, nobody, old_and_new, output_of, uncached, waiting_writer};
 use crate::interrupted::large;
 use crate::mounted::{Mounted, wait_until};
 use crate::scratch::Scratch;
