@@ -149,3 +149,77 @@ fn bitmaps_that_should_have_recorded_a_write_are_marked_and_others_are_not() {
     assert_eq!(flags(&s, "rests"), "[]");
     s.check_clean("cow.qcow2");
 }
+
+#[test]
+fn a_full_disk_reaches_the_writer_and_what_was_written_before_stays() {
+    let s = scratch();
+    let small = s.path("small");
+    std::fs::create_dir(&small).unwrap();
+    s.ok("mount", &format!("-t tmpfs -o size=4M none {}", small.display()));
+    let base = s.path("base.raw");
+    s.qemu_img(&format!("create -q -f qcow2 -b {} -F raw small/cow.qcow2 16M", base.display()));
+    let mounted = Mounted::with(&s, "small/cow.qcow2", "--rw");
+    let disk = writable(&mounted.path("disk.raw"));
+    let block = vec![0x66; CLUSTER];
+    let places = (0..256).map(|n| n * CLUSTER as u64);
+    let written = places.clone().take_while(|at| disk.write_all_at(&block, *at).is_ok()).count();
+    assert!((32..64).contains(&written), "{written} clusters in 4 MiB");
+    assert_eq!(errno(disk.write_at(&block, written as u64 * CLUSTER as u64)), ENOSPC);
+    // There is room for what is there already, and for what gives room back.
+    disk.write_all_at(&block, 0).unwrap();
+    disk.sync_all().unwrap();
+    let hole = (8 * CLUSTER, mounted.path("disk.raw"));
+    s.ok("fallocate", &format!("-p -o 0 -l {} {}", hole.0, hole.1.display()));
+    disk.sync_all().unwrap();
+    disk.write_all_at(&block, written as u64 * CLUSTER as u64).unwrap();
+    drop(disk);
+    mounted.unmount();
+    std::fs::copy(s.path("small/cow.qcow2"), s.path("cow.qcow2")).unwrap();
+    s.ok("umount", &small.display().to_string());
+    let bytes = s.guest_bytes("qcow2", "cow.qcow2");
+    let end = (written + 1) * CLUSTER;
+    assert!(
+        bytes[..hole.0].iter().all(|byte| *byte == 0) && bytes[hole.0..end].iter().all(|byte| *byte == 0x66)
+    );
+    s.check_clean("cow.qcow2");
+}
+
+#[test]
+fn an_image_that_was_not_closed_is_repaired_and_a_damaged_one_refused() {
+    let s = scratch();
+    let incompatible_bits = 79;
+    s.poke("cow.qcow2", incompatible_bits, &[1]);
+    let mounted = Mounted::with(&s, "cow.qcow2", "--rw");
+    writable(&mounted.path("disk.raw")).write_all_at(b"x", 0).unwrap();
+    mounted.unmount();
+    assert!(!s.qemu_img("info cow.qcow2").contains("dirty"));
+    s.check_clean("cow.qcow2");
+    s.poke("cow.qcow2", incompatible_bits, &[2]);
+    let said = s.rebasefs_fails(1, "mount --rw cow.qcow2 cow.qcow2.mnt");
+    assert!(said.contains("marked as corrupt") && said.contains("check -r all"), "{said}");
+}
+
+#[test]
+fn a_partition_shows_what_is_written_to_the_disk() {
+    let s = Scratch::new();
+    s.qemu_img("create -q -f qcow2 cow.qcow2 4M");
+    let mounted = Mounted::with(&s, "cow.qcow2", "--rw");
+    assert!(!mounted.path("partitions/1.raw").exists());
+    // A partition table of the PC: one of type 0x83, from sector 2048 on, with 2048 sectors.
+    let mut table = [0; 512];
+    table[450] = 0x83;
+    table[454..458].copy_from_slice(&2048u32.to_le_bytes());
+    table[458..462].copy_from_slice(&2048u32.to_le_bytes());
+    table[510..].copy_from_slice(&[0x55, 0xaa]);
+    let disk = writable(&mounted.path("disk.raw"));
+    disk.write_all_at(&table, 0).unwrap();
+    let partition = File::open(mounted.path("partitions/1.raw")).unwrap();
+    for byte in [0x11, 0x22] {
+        disk.write_all_at(&[byte; 512], 1 << 20).unwrap();
+        let mut found = [0; 512];
+        partition.read_exact_at(&mut found, 0).unwrap();
+        assert_eq!(found, [byte; 512]);
+    }
+    assert_eq!(partition.metadata().unwrap().len(), 1 << 20);
+    assert_eq!(errno(writable(&mounted.path("layers/0.raw")).set_len(0)), EPERM);
+}

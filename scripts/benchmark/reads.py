@@ -125,10 +125,10 @@ def exported(program, directory, is_quick):
 
 
 @contextlib.contextmanager
-def ours(program, directory, image="cow.qcow2"):
+def ours(program, directory, image="cow.qcow2", *options):
     mountpoint = directory / f"{image}.mnt"
     mountpoint.mkdir(exist_ok=True)
-    server = subprocess.Popen([program, "mount", "--foreground", directory / image, mountpoint])
+    server = subprocess.Popen([program, "mount", "--foreground", *options, directory / image, mountpoint])
     with ended_at_exit(server):
         wait_until(mountpoint.is_mount, server)
         yield Export(str(mountpoint / "disk.raw"), server.pid, [])
@@ -149,13 +149,14 @@ def null(directory, ours):
 
 
 @contextlib.contextmanager
-def qemu(directory, image="cow.qcow2"):
+def qemu(directory, image="cow.qcow2", is_writable=False):
+    read_only, writable = ("off", "on") if is_writable else ("on", "off")
     file = directory / "qemu.raw"
     file.touch()
     server = subprocess.Popen([
         "qemu-storage-daemon",
-        "--blockdev", f"qcow2,node-name=disk,read-only=on,file.driver=file,file.filename={directory}/{image}",
-        "--export", f"fuse,id=export,node-name=disk,mountpoint={file}"])
+        "--blockdev", f"qcow2,node-name=disk,read-only={read_only},file.driver=file,file.filename={directory}/{image}",
+        "--export", f"fuse,id=export,node-name=disk,writable={writable},mountpoint={file}"])
     with ended_at_exit(server):
         wait_until(lambda: file.stat().st_size > 0, server)
         yield Export(str(file), server.pid, [])

@@ -44,7 +44,7 @@ pub(super) struct Arguments {
     #[arg(short, long, value_name = "FORMAT", value_parser = |name: &str| Format::from_name(name))]
     format: Option<Format>,
     /// Mount options, as for mount(8): allow_other, ro, fsname=NAME, …; and, for fstab, format=, log=,
-    /// threads=, force_share, guess_formats
+    /// threads=, force_share, guess_formats, writable (--rw), growable (--rw --grow)
     #[arg(short, long = "options", value_name = "OPTION,…")]
     options: Vec<Words>,
     /// Let disk.raw be written: into the image, copy-on-write. It is locked as long as it is mounted
@@ -84,6 +84,8 @@ pub(super) fn run(mut arguments: Arguments) -> Result<ExitCode> {
         threads: arguments.threads.or(words.threads),
         log: arguments.log.or(words.log),
         opening: arguments.opening.or(words.opening),
+        rw: arguments.rw || words.writing >= Writing::Bytes,
+        grow: arguments.grow || words.writing == Writing::BytesAndSize,
         ..arguments
     };
     let log = arguments.log.as_deref().map(open_log).transpose()?;

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use super::options::Opening;
 use crate::error::{Error, Result};
 use crate::layer::Format;
-use crate::mount::MountOptions;
+use crate::mount::{MountOptions, Writing};
 
 /// The words of one `-o`, or of several.
 #[derive(Clone, Debug, Default)]
@@ -17,6 +17,7 @@ pub(super) struct Words {
     pub threads: Option<u16>,
     pub log: Option<PathBuf>,
     pub opening: Opening,
+    pub writing: Writing,
 }
 
 impl Words {
@@ -29,6 +30,7 @@ impl Words {
             threads: next.threads.or(all.threads),
             log: next.log.or(all.log),
             opening: all.opening.or(next.opening),
+            writing: all.writing.max(next.writing),
         })
     }
 
@@ -36,6 +38,9 @@ impl Words {
         match word.split_once('=') {
             None if word == "force_share" => self.opening.force_share = true,
             None if word == "guess_formats" => self.opening.guess_formats = true,
+            // `rw` is what mount(8) says of every mount.
+            None if word == "writable" => self.writing = self.writing.max(Writing::Bytes),
+            None if word == "growable" => self.writing = Writing::BytesAndSize,
             Some(("format", name)) => self.format = Some(Format::from_name(name)?),
             Some(("log", file)) => self.log = Some(file.into()),
             Some(("threads", number)) => self.threads = Some(threads(number)?),
@@ -68,10 +73,11 @@ mod tests {
 
     #[test]
     fn the_commands_own_options_are_words_too() {
-        let list = ["format=qcow2,ro,threads=3,nofail", "log=/var/log/a,force_share", "threads=4"];
+        let list = ["format=qcow2,ro,threads=3,nofail", "log=/var/log/a,force_share", "threads=4,writable"];
         let words = Words::merged(list.map(|list| list.parse().unwrap()).into());
         assert_eq!((words.format, words.threads), (Some(Format::Qcow2), Some(4)));
         assert_eq!(words.log.as_deref(), Some("/var/log/a".as_ref()));
+        assert_eq!(words.writing, Writing::Bytes);
         assert!(words.opening.force_share && !words.opening.guess_formats);
     }
 

@@ -19,7 +19,7 @@ use crate::layer::{GuestOffset, Layer};
 use crate::rebase::refuse_shared_files;
 
 /// What may be written to the disk of a mount.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Writing {
     /// Nothing.
     #[default]

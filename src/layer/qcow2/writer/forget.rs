@@ -159,6 +159,11 @@ impl Writer {
                 log::debug!("{error}");
                 Ok(())
             }
+            // A guest's write has come to its end: that its old place still takes space is no error of it.
+            Err(error) if self.is_live => {
+                log::warn!("{error}");
+                Ok(())
+            }
             punched => punched,
         }
     }

@@ -171,17 +171,20 @@ impl Writer {
         self.write_in_order(state)?;
         state.uncommitted = 0;
         state.is_committing = false;
-        Ok(())
+        // 4. Counts of what no durable pointer needs any more: until they are written, it leaks.
+        self.write_counts(state)
+    }
+
+    fn write_counts(&self, state: &mut State) -> Result<()> {
+        let counts = state.refcounts.take_dirty();
+        self.write_all(&counts).inspect_err(|_| state.refcounts.put_back(&counts))
     }
 
     /// What nothing points to yet; and counts that can only leak.
     fn write_unlinked(&self, state: &mut State) -> Result<()> {
         let counts = state.refcounts.take_dirty();
         let written = self.write_all(&counts).and_then(|()| self.write_all(&state.staged.new_table_writes()));
-        if written.is_err() {
-            state.refcounts.put_back(&counts);
-        }
-        written
+        written.inspect_err(|_| state.refcounts.put_back(&counts))
     }
 
     /// The one place that orders metadata writes.
@@ -202,7 +205,7 @@ impl Writer {
             self.file.sync()?;
         }
         state.staged.are_written();
-        // 4. What no durable pointer needs any more.
+        // What no durable pointer needs any more.
         if let Some((at, clusters)) = old_table {
             state.refcounts.release(at, clusters, 1)?;
         }
@@ -211,7 +214,7 @@ impl Writer {
             self.wait_for_readers();
             self.release_forgotten(state)?;
         }
-        self.write_all(&state.refcounts.take_dirty())
+        Ok(())
     }
 
     fn write_all(&self, writes: &[Write]) -> Result<()> {
