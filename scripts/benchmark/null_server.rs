@@ -14,7 +14,8 @@ use fuser::{
 
 const FILE: INodeNo = INodeNo(2);
 const FOREVER: Duration = Duration::from_secs(3600);
-const MAX_REQUEST: u32 = 1 << 20;
+const MAX_REQUEST: u32 = 256 << 10;
+const MAX_READ_AHEAD: u32 = 1 << 20;
 
 struct Null {
     size: u64,
@@ -52,7 +53,7 @@ impl Filesystem for Null {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
         let _ = config.add_capabilities(InitFlags::FUSE_ASYNC_DIO);
         let _ = config.set_max_write(MAX_REQUEST);
-        let _ = config.set_max_readahead(MAX_REQUEST);
+        let _ = config.set_max_readahead(MAX_READ_AHEAD);
         let _ = config.set_max_background(64);
         Ok(())
     }
