@@ -106,3 +106,62 @@ fn no_power_cut_takes_what_a_guest_has_flushed() {
     println!("{states} states that a power cut can leave, none wrong");
     assert!(states >= 5_000, "only {states} states");
 }
+
+/// Backing files and disks: an L1 table that is long enough already, one that moves, and zeros that must hide
+/// what a longer backing file has behind the old end, in clusters, subclusters and, in version 2, as data.
+const GROWING: [(&str, u64, u64); 6] = [
+    ("cluster_size=512", 20_480, 400 << 10),
+    ("cluster_size=512,refcount_bits=64", 32_256, 2 << 20),
+    ("compat=0.10,cluster_size=512", 20_480, 96 << 10),
+    ("cluster_size=4k", 100 << 10, 3 << 20),
+    ("cluster_size=64k", 640 << 10, 1 << 20),
+    ("extended_l2=on,cluster_size=16k", 200 << 10, 24 << 20),
+];
+
+#[test]
+fn no_power_cut_shows_what_lies_behind_the_end_of_a_disk_that_grows() {
+    let mut states = 0;
+    for (options, old, new) in GROWING {
+        let s = Scratch::new();
+        s.qemu_img(&format!("create -q -f raw base {new}"));
+        s.qemu_io("raw", "base", &[&format!("write -q -P 0x11 0 {new}")]);
+        s.qemu_img(&format!("create -q -f qcow2 -o {options} -b base -F raw cow.qcow2 {old}"));
+        s.qemu_io("qcow2", "cow.qcow2", &[&format!("write -q -P 0x33 {} 4096", old / 2)]);
+        let has_snapshot = !options.starts_with("compat=0.10");
+        if has_snapshot {
+            s.qemu_img("snapshot -c one cow.qcow2");
+        }
+        let start = std::fs::read(s.path("cow.qcow2")).unwrap();
+        let base = Opener::new().chain(&s.path("base"), None, Access::ReadOnly).unwrap();
+        let before = views(&MemoryFile::new(start.clone()), &base);
+        let mut larger = before[0].clone();
+        larger.resize(new as usize, 0);
+        let file = MemoryFile::new(start.clone());
+        let chain = base.under(Arc::new(Live::open(&open(&file)).unwrap())).grown(new).unwrap();
+        let end = file.log().len();
+        // The new bytes can be written, and are as durable as the old ones.
+        let live = chain.live().unwrap();
+        live.writer().write(&chain, GuestOffset(new - 512), &[0x55; 512]).unwrap();
+        live.writer().flush().unwrap();
+        states += every_numbered_cut(&start, &file.log(), |number, bytes, what| {
+            let file = MemoryFile::new(bytes);
+            let mut found = views(&file, &base);
+            assert!(found[1..] == before[1..], "{options}: the snapshot has changed: {}", what());
+            if number >= end {
+                let last = found[0].split_off(new as usize - 512);
+                assert!(last.iter().all(|byte| *byte == 0) || last == [0x55; 512], "{options}: {}", what());
+                found[0].resize(new as usize, 0);
+            }
+            let is_right = found[0] == larger || (found[0] == before[0] && number < end);
+            assert!(is_right, "{options}: {} bytes: {}", found[0].len(), what());
+            let report = check::check(&open(&file)).unwrap();
+            assert!(report.is_sound(), "{options}: {:?}: {}", report.messages, what());
+        });
+        s.write("cut.qcow2", &file.bytes());
+        s.check_clean("cut.qcow2");
+        larger[new as usize - 512..].fill(0x55);
+        assert!(s.guest_bytes("qcow2", "cut.qcow2") == larger, "{options}");
+    }
+    println!("{states} states while a disk grows, none wrong");
+    assert!(states >= 500, "only {states} states");
+}

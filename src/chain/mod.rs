@@ -4,6 +4,7 @@
 //! is already in it. Reading is a loop over [`Chain::extent_at`].
 
 pub mod compare;
+mod grow;
 pub mod info;
 mod map;
 mod name;

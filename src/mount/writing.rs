@@ -65,18 +65,11 @@ fn lock(top: &Arc<dyn Layer>) -> Result<()> {
     }
 }
 
-fn live(chain: &Chain) -> Result<&Live> {
-    let live = chain.top().and_then(|top| top.as_live());
-    live.ok_or_else(|| {
-        Error::new(ErrorKind::ReadOnly, "the disk is mounted for reading; --rw is for writing")
-    })
-}
-
 impl Image {
     /// Writes `bytes` at `offset` as far as the disk reaches; returns how many that were.
     pub(super) fn write(&self, offset: u64, bytes: &[u8]) -> Result<usize> {
         let chain = self.chain();
-        let live = live(&chain)?;
+        let live = chain.live()?;
         let left = chain.virtual_size().saturating_sub(offset);
         let length = left.min(bytes.len() as u64) as usize;
         if length == 0 && !bytes.is_empty() {
@@ -90,7 +83,7 @@ impl Image {
     /// Zeroes a range, as far as the disk reaches.
     pub(super) fn zero(&self, offset: u64, length: u64, space: Space) -> Result<()> {
         let chain = self.chain();
-        let live = live(&chain)?;
+        let live = chain.live()?;
         let length = length.min(chain.virtual_size().saturating_sub(offset));
         let zeroed = live.writer().zero(&chain, GuestOffset(offset), length, space == Space::GivenBack);
         self.note_written();
@@ -99,7 +92,7 @@ impl Image {
 
     /// Returns when all that was written is durable.
     pub(super) fn flush(&self) -> Result<()> {
-        match live(&self.chain()) {
+        match self.chain().live() {
             Ok(live) => live.writer().flush(),
             // Nothing was written.
             Err(_) => Ok(()),
@@ -108,7 +101,7 @@ impl Image {
 
     /// Makes durable what waits in memory, if anything does.
     pub(super) fn flush_changes(&self) -> Result<()> {
-        match live(&self.chain()) {
+        match self.chain().live() {
             Ok(live) if live.writer().has_changes() => live.writer().flush(),
             _ => Ok(()),
         }
@@ -116,7 +109,7 @@ impl Image {
 
     /// Whether a write would have to wait for somebody who needs the disk to stand still.
     pub(super) fn is_held_off(&self) -> bool {
-        live(&self.chain()).is_ok_and(|live| live.writer().is_held_off())
+        self.chain().live().is_ok_and(|live| live.writer().is_held_off())
     }
 
     /// Nobody else gives the disk another chain as long as this lives.
@@ -129,12 +122,7 @@ impl Image {
         let Ok(_changing) = self.change_lock().try_lock() else {
             return Err(Error::new(ErrorKind::Busy, "the disk cannot grow while a rebase is under way"));
         };
-        let chain = self.chain();
-        let (live, below, old) = (live(&chain)?, chain.below(0), chain.virtual_size());
-        let wider = live.widened(size)?;
-        let view = below.under(Arc::new(wider.clone()));
-        live.writer().zero(&view, GuestOffset(old), size - old, true)?;
-        self.replace(below.under(Arc::new(wider.grown()?)));
+        self.replace(self.chain().grown(size)?);
         Ok(())
     }
 }
