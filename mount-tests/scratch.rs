@@ -7,7 +7,11 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use crate::mounted::wait_until;
+use crate::mounted::{open_dev_fuse, wait_until};
+
+/// What starts a program as whoever runs the tests, or as an ordinary user.
+pub const AS_ROOT: &[&str] = &[];
+pub const AS_NOBODY: &[&str] = &["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"];
 
 /// A directory that is removed with the test.
 pub struct Scratch(tempfile::TempDir);
@@ -47,6 +51,18 @@ impl Scratch {
             panic!("cannot run {program}: {e}; scripts/test installs what the tests need")
         });
         Ended { code: status.code(), stdout: text(&stdout), stderr: text(&stderr) }
+    }
+
+    /// Runs a script that lies beside this file in the directory, which anybody may use then; `as_whom`
+    /// is what starts a program as somebody.
+    pub fn script(&self, as_whom: &[&str], name: &str, arguments: &[&str]) -> Ended {
+        open_dev_fuse();
+        self.ok("chmod", "777 .");
+        // An ordinary user may not be able to read our source.
+        let script = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/mount-tests")).join(name);
+        std::fs::copy(script, self.path(name)).expect("copying a script");
+        let line = [as_whom, &["bash", name], arguments].concat();
+        self.run_args(line[0], &line[1..])
     }
 
     /// Runs a command that must succeed; returns what it printed.

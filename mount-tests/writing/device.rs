@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::mounted::{Mounted, is_running, wait_until};
-use crate::scratch::{LoopDevice, LoopMount, Scratch};
+use crate::scratch::{AS_NOBODY, AS_ROOT, LoopDevice, LoopMount, Scratch, rebasefs};
 
 /// An overlay of 96 MiB, with a snapshot of an empty disk.
 fn overlay(s: &Scratch) {
@@ -84,4 +84,24 @@ fn what_a_file_system_has_synced_survives_a_killed_server() {
     s.ok("e2fsck", "-fn flat.raw");
     let guest = LoopMount::new(&s, &s.path("flat.raw"), "ro");
     demand_same_sources(&s, &guest.path().join("synced"));
+}
+
+/// `disk.sh`: made and filled by somebody while the disk is rebased underneath, then checked and compared.
+fn live(as_whom: &[&str]) {
+    let s = Scratch::new();
+    copy_sources(&s, &s.path("source"));
+    let ended = s.script(as_whom, "disk.sh", &[rebasefs(), &s.path("source").display().to_string()]);
+    assert_eq!((ended.code, ended.stderr.as_str()), (Some(0), ""), "{}", ended.stdout);
+    println!("{}", ended.stdout);
+    assert!(ended.stdout.ends_with("no difference\n"));
+}
+
+#[test]
+fn root_fills_a_file_system_while_it_is_rebased_underneath() {
+    live(AS_ROOT);
+}
+
+#[test]
+fn an_ordinary_user_fills_a_file_system_while_it_is_rebased_underneath() {
+    live(AS_NOBODY);
 }

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use super::Chain;
 use crate::error::{Error, ErrorKind, Result};
-use crate::layer::qcow2::Live;
 use crate::layer::GuestOffset;
+use crate::layer::qcow2::Live;
 
 impl Chain {
     /// The top, if a guest writes to it.
