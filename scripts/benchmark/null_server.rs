@@ -9,13 +9,13 @@ use std::time::{Duration, SystemTime};
 
 use fuser::{
     Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
-    KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEntry, ReplyOpen, Request,
+    KernelConfig, LockOwner, MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyEntry, ReplyOpen, Request,
 };
 
 const FILE: INodeNo = INodeNo(2);
 const FOREVER: Duration = Duration::from_secs(3600);
-const MAX_REQUEST: u32 = 256 << 10;
-const MAX_READ_AHEAD: u32 = 1 << 20;
+const MAX_REQUEST: u32 = 1 << 20;
+const MAX_READ: u32 = 256 << 10;
 
 struct Null {
     size: u64,
@@ -53,7 +53,7 @@ impl Filesystem for Null {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
         let _ = config.add_capabilities(InitFlags::FUSE_ASYNC_DIO);
         let _ = config.set_max_write(MAX_REQUEST);
-        let _ = config.set_max_readahead(MAX_READ_AHEAD);
+        let _ = config.set_max_readahead(MAX_REQUEST);
         let _ = config.set_max_background(64);
         Ok(())
     }
@@ -96,6 +96,7 @@ fn main() -> io::Result<()> {
     };
     let size = size.parse().map_err(io::Error::other)?;
     let mut config = Config::default();
+    config.mount_options.push(MountOption::CUSTOM(format!("max_read={MAX_READ}")));
     config.n_threads = Some(std::thread::available_parallelism()?.get());
     config.clone_fd = true;
     fuser::mount(Null { size, answer: vec![0x5a; MAX_REQUEST as usize] }, mountpoint, &config)

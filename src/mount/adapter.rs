@@ -23,13 +23,9 @@ use crate::error::Error;
 use crate::file::AlignedBuffer;
 use crate::sys::{fallocate, whence};
 
-/// The largest read and write that the kernel sends, in bytes. Of a larger one it makes several, which
-/// several threads serve at the same time; and the bytes that a thread has read into its buffer are still in
-/// its processor's cache when the kernel copies them from there. It would send up to 1 MiB.
-const MAX_REQUEST: u32 = 256 << 10;
-
-/// How far the kernel may read ahead of a reader, in bytes: as far as [`session`](super::session) asks it to.
-const MAX_READ_AHEAD: u32 = 1 << 20;
+/// The largest write that the kernel sends, and how far it may read ahead, in bytes: it has no more than 256
+/// pages a request. How large a read is, the mount says; see [`options`](super::options).
+const MAX_REQUEST: u32 = 1 << 20;
 
 /// Requests that the kernel may have under way ahead of need: readahead and direct I/O.
 const MAX_BACKGROUND: u16 = 64;
@@ -92,7 +88,7 @@ impl Filesystem for Adapter {
             let _ = config.add_capabilities(wish);
         }
         let _ = config.set_max_write(MAX_REQUEST);
-        if let Err(most) = config.set_max_readahead(MAX_READ_AHEAD) {
+        if let Err(most) = config.set_max_readahead(MAX_REQUEST) {
             let _ = config.set_max_readahead(most);
         }
         let _ = config.set_max_background(MAX_BACKGROUND);

@@ -8,6 +8,12 @@ use fuser::{Config, MountOption, SessionACL};
 
 use crate::error::{Error, Result};
 
+/// The largest read that the kernel sends, in bytes. It makes several of a larger one, which several threads
+/// serve at the same time; and what a thread has read into its buffer is in its processor's cache still when
+/// the kernel copies it from there. Buffered writes are sent one after the other: of them it makes as few as
+/// it can.
+const MAX_READ: u32 = 256 << 10;
+
 /// Mount options, as `mount(8)` and `mount.fuse(8)` have them.
 #[derive(Clone, Debug, Default)]
 pub struct MountOptions {
@@ -114,6 +120,7 @@ impl MountOptions {
         let source = self.source.clone().unwrap_or_else(|| source_name(image.as_os_str()));
         options.push(MountOption::FSName(source));
         options.push(MountOption::Subtype(self.subtype.clone().unwrap_or_else(|| "rebasefs".to_owned())));
+        options.push(MountOption::CUSTOM(format!("max_read={MAX_READ}")));
         let mut config = Config::default();
         config.mount_options = options;
         config.acl = self.who;
