@@ -31,6 +31,7 @@ mod rebase;
 mod repair;
 mod scratch;
 mod system;
+mod terminal;
 mod traced;
 mod tree;
 mod writing;

@@ -1,10 +1,14 @@
-//! Messages: which are printed, and whether they carry the time.
+//! Messages: which are printed, whether they carry the time, and in which colours. A progress bar makes
+//! way for them, as it does for all that is printed.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::AsFd;
 
-use env_logger::{Builder, Env, TimestampPrecision};
+use anstream::{AutoStream, ColorChoice};
+use env_logger::{Builder, Env, Target, TimestampPrecision, WriteStyle};
+
+use super::progress;
 
 /// What is told with no, one, two and more `-v`. fuser warns that it could not unmount what `umount`
 /// has unmounted already.
@@ -43,6 +47,32 @@ pub(super) fn start(verbose: u8, time: Time) {
         builder.parse_filters(level);
     }
     builder.format_timestamp((time == Time::Told).then_some(TimestampPrecision::Seconds));
+    builder.target(Target::Pipe(Box::new(AboveTheBar))).write_style(style());
     // A program that calls us as a library may have a logger of its own.
     let _ = builder.try_init();
+}
+
+/// The standard error, where the logger takes it for a pipe: a message is written in one go, and the
+/// bar is drawn anew below it.
+struct AboveTheBar;
+
+impl Write for AboveTheBar {
+    fn write(&mut self, message: &[u8]) -> io::Result<usize> {
+        progress::aside(|| io::stderr().lock().write_all(message))?;
+        Ok(message.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// As the logger decides for a standard error that it knows: a pipe has no colours for it.
+fn style() -> WriteStyle {
+    match std::env::var("RUST_LOG_STYLE").as_deref() {
+        Ok("always") => WriteStyle::Always,
+        Ok("never") => WriteStyle::Never,
+        _ if AutoStream::choice(&io::stderr()) == ColorChoice::Never => WriteStyle::Never,
+        _ => WriteStyle::Always,
+    }
 }

@@ -12,7 +12,7 @@ use clap::{Args, ValueEnum};
 use super::{print, size};
 use crate::error::Result;
 use crate::rebase::Standing;
-pub(super) use bar::aside;
+pub(super) use bar::{aside, take_away};
 
 use bar::Bar;
 

@@ -7,13 +7,16 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use super::print;
+use super::{print, progress};
 use crate::error::{Error, Result};
 use crate::rebase::{Phase, Progress};
 use crate::sys::{StopSignals, signal};
 
 /// Who has not stopped after so long is said to take a moment.
 const SOON: Duration = Duration::from_millis(300);
+
+/// What is safe, and how to go on, when it was stopped that early.
+pub(super) const UNTOUCHED: &str = "nothing stands on a new backing file yet (start it again)";
 
 /// Watches for SIGINT, SIGTERM and SIGHUP as long as the program runs.
 #[derive(Debug)]
@@ -55,7 +58,8 @@ fn linger(number: i32, progress: &Progress) -> ! {
     thread::sleep(SOON);
     if progress.phase() == Phase::Plan {
         // Somebody looks at metadata. Nothing has been copied, and nothing needs to be put away.
-        print::complain(&format!("rebasefs: {} before anything was copied", name(number)));
+        progress::take_away();
+        print::complain(&format!("rebasefs: {} before anything was copied: {UNTOUCHED}", name(number)));
         std::process::exit(exit_code(number).into());
     }
     let what = "finishing what is under way, so that nothing is lost; once more ends it at once";

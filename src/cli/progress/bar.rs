@@ -27,6 +27,13 @@ pub(in crate::cli) fn aside<T>(print: impl FnOnce() -> T) -> T {
     }
 }
 
+/// Takes the bar off the terminal for good: the program is about to end.
+pub(in crate::cli) fn take_away() {
+    if let Some(bar) = lock(&SHOWN).take() {
+        bar.finish_and_clear();
+    }
+}
+
 /// A bar on the standard error.
 pub(super) struct Bar {
     bar: ProgressBar,
@@ -49,9 +56,11 @@ impl Bar {
         if self.columns == Some(columns) {
             return;
         }
+        // At its end the cursor goes back: the `^C` of a terminal stands in the bar then, which is cleared
+        // with it, and not in a line of its own, which would be cleared in its place.
         let template = match columns {
-            NARROW.. => "{phase:7} {wide_bar} {percent:>3} %  {numbers}",
-            _ => "{phase:7} {wide_bar} {percent:>3} %",
+            NARROW.. => "{phase:7} {wide_bar} {percent:>3} %  {numbers}\r",
+            _ => "{phase:7} {wide_bar} {percent:>3} %\r",
         };
         // A template that is wrong leaves the bar as it was.
         if let Ok(style) = ProgressStyle::with_template(template) {
@@ -81,8 +90,9 @@ impl Show for Bar {
 
     /// The line that tells what was done comes in its place.
     fn end(&mut self, _: &Standing, _: bool) {
-        *lock(&SHOWN) = None;
+        // Whoever prints at this moment must not find the bar still drawn and unknown to him.
         self.bar.finish_and_clear();
+        lock(&SHOWN).take();
     }
 }
 

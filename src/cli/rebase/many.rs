@@ -133,7 +133,8 @@ pub(super) fn run(
     }
     match (done, stop.signal()) {
         (Err(error), Some(signal)) if error.kind() == ErrorKind::Cancelled => {
-            print::complain(&format!("rebasefs: {} before anything was written", stop::name(signal)));
+            let (name, untouched) = (stop::name(signal), stop::UNTOUCHED);
+            print::complain(&format!("rebasefs: {name} before anything was written: {untouched}"));
             Ok(stop::exit_code(signal).into())
         }
         (done, signal) => done.and_then(|()| results.finish(signal)),
