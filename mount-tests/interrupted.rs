@@ -140,6 +140,28 @@ fn is_waiting_for_signals(process: u32) -> bool {
         .any(|task| std::fs::read_to_string(task.path().join("comm")).is_ok_and(|name| name == "signals\n"))
 }
 
+#[test]
+fn reclaiming_that_is_stopped_says_what_stands_and_the_same_command_goes_on() {
+    let s = large();
+    s.rebasefs(REBASE);
+    let line = "rebase --progress=none --reclaim -b base.raw -F raw cow.qcow2";
+    let rebase = slow_line(&s, line, "pread64", 20);
+    wait_until("the header names the new one", || {
+        s.run("qemu-img", "info -U cow.qcow2").stdout.contains("backing file: base.raw")
+    });
+    send("INT", &rebase);
+    let (code, _, said) = ended(rebase);
+    assert_eq!(code, Some(130), "{said}");
+    let words = "start it again: what was dropped already is dropped";
+    let stands = format!("reclaiming was stopped; the image stands on its new backing file ({words})\n");
+    assert!(said.contains("rebasefs: SIGINT after ") && said.ends_with(&stands), "{said}");
+    assert!(held(&s) > 0);
+    s.rebasefs(line);
+    assert_eq!(held(&s), 0);
+    s.check_clean("cow.qcow2");
+    assert!(s.guest_bytes("qcow2", "cow.qcow2") == vec![0x11; CLUSTERS * CLUSTER]);
+}
+
 /// Stopped before the last barrier, the one behind the swap.
 #[test]
 fn after_the_header_swap_it_is_done() {

@@ -80,7 +80,7 @@ fn we_are_refused(s: &Scratch, line: &str, file: &str, why: &str) {
     let image = std::fs::read(s.path("cow.qcow2")).unwrap();
     let said = s.rebasefs_fails(1, line);
     let only_reads = ["info", "map", "check"].iter().any(|command| line.starts_with(command));
-    assert_eq!(said.contains("with -U"), only_reads && !line.contains(" -r "), "{line}: {said}");
+    assert_eq!(said.contains("with `-U`"), only_reads && !line.contains(" -r "), "{line}: {said}");
     let expected = format!("{file}: {why} another process");
     assert!(said.contains(&expected) && said.contains("stop it first"), "{line}: {said}");
     assert!(std::fs::read(s.path("cow.qcow2")).unwrap() == image, "{line}: the image has changed");

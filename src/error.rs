@@ -155,7 +155,8 @@ impl Error {
         self
     }
 
-    /// Says what to do about it, unless a deeper layer has said so already.
+    /// Says what to do about it, unless a deeper layer has said so already. What can be typed stands in
+    /// backquotes, and works: `mount-tests/hints` tries all of it.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.0.hint.get_or_insert_with(|| hint.into());
@@ -259,13 +260,13 @@ mod tests {
         let e = Error::io(io::Error::from_raw_os_error(errno::EIO), "cannot read the L1 table")
             .path("/vm/cow.qcow2")
             .offset(0x30000)
-            .hint("run `rebasefs check`")
+            .hint("run `rebasefs check IMAGE`")
             .doing("opening layer 1")
             .doing("mounting");
         assert_eq!(
             e.to_string(),
             "while mounting: while opening layer 1: /vm/cow.qcow2: cannot read the L1 table at offset \
-             0x30000: Input/output error (run `rebasefs check`)"
+             0x30000: Input/output error (run `rebasefs check IMAGE`)"
         );
         assert_eq!(e.errno(), errno::EIO);
     }

@@ -35,7 +35,7 @@ fn trap_12_a_name_with_a_colon_is_a_protocol_and_the_message_says_what_to_do() {
     s.draw_raw("b:1.raw", 65536, "b1");
     s.qemu_img("create -q -u -f qcow2 -F raw -b b:1.raw a.qcow2 64k");
     let said = open_fails(&s, "a.qcow2");
-    assert!(said.contains("protocol 'b' is not supported") && said.contains("'./NAME'"), "{said}");
+    assert!(said.contains("protocol 'b' is not supported") && said.contains("`./NAME`"), "{said}");
     assert!(said.contains("layer 1 of the chain"), "{said}");
 }
 

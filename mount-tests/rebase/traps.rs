@@ -115,7 +115,7 @@ fn trap_11_a_relative_name_that_leads_to_nothing_is_recorded_only_if_forced() {
     assert!(said.contains("a safe rebase reads the new backing file"), "{said}");
     for arguments in ["-u -b missing.img", "-u --force -b missing.img", "-u -b /no/such/missing.img"] {
         let said = scratch.rebasefs_fails(1, &format!("rebase {arguments} cow.qcow2"));
-        assert!(said.contains("give it with -F"), "{said}");
+        assert!(said.contains("give it with `-F FORMAT`"), "{said}");
     }
     assert!(before == read(&scratch, "cow.qcow2"));
     // As QEMU does always.
@@ -145,7 +145,7 @@ fn trap_12_a_rebase_looks_beside_the_link_and_takes_a_colon_for_a_protocol() {
     scratch.rebasefs("rebase -b new -F raw link/cow.qcow2");
     assert!(before == scratch.guest_bytes("qcow2", "link/cow.qcow2"));
     let said = scratch.rebasefs_fails(1, "rebase -b b:1.raw -F raw link/cow.qcow2");
-    assert!(said.contains("protocol 'b' is not supported") && said.contains("'./NAME'"), "{said}");
+    assert!(said.contains("protocol 'b' is not supported") && said.contains("`./NAME`"), "{said}");
     scratch.rebasefs("rebase -b ./b:1.raw -F raw link/cow.qcow2");
     assert!(before == scratch.guest_bytes("qcow2", "link/cow.qcow2"));
 }

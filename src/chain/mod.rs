@@ -187,7 +187,8 @@ impl Chain {
     fn nobodys(&self, length: u64) -> Result<Owned> {
         match &self.unopened {
             None => Ok(Owned { depth: None, extent: Extent { kind: ExtentKind::NotMine, length } }),
-            Some(why) => Err(Error::new(ErrorKind::NotFound, format!("the chain is broken off: {why}"))),
+            Some(why) => Err(Error::new(ErrorKind::NotFound, format!("the chain is broken off: {why}"))
+                .hint("name the file that is there: `-u -b FILE -F FORMAT`")),
         }
     }
 

@@ -71,7 +71,7 @@ fn local_path(name: &[u8]) -> Result<(PathBuf, JsonFormat)> {
     } else if let Some(protocol) = protocol(name) {
         let name = OsStr::from_bytes(name).display();
         let what = format!("'{name}' is not a local file: protocol '{protocol}' is not supported");
-        Err(Error::unsupported(what).hint("a file with a colon in its name is written './NAME'"))
+        Err(Error::unsupported(what).hint("a file with a colon in its name is written `./NAME`"))
     } else {
         Ok((PathBuf::from(OsStr::from_bytes(name)), JsonFormat::Unsaid))
     }

@@ -183,12 +183,13 @@ impl Opener {
         let what = match seen.insert(file.identity(), Some(depth)) {
             _ if depth == MAX_DEPTH => format!("the chain has more than {MAX_DEPTH} layers"),
             None => return self.layer_in(file, step),
-            Some(None) => "contains the overlay itself: the chain would be a loop".to_owned(),
+            Some(None) => "is the overlay itself: the chain would be a loop".to_owned(),
             Some(Some(earlier)) => {
                 format!("is layer {earlier} of its own chain already: the chain is a loop")
             }
         };
-        Err(Error::new(ErrorKind::Loop, what).path(file.path()))
+        let error = Error::new(ErrorKind::Loop, what).path(file.path());
+        Err(error.hint("another file is needed: `rebasefs info --backing-chain FILE` shows the chain of one"))
     }
 
     fn open_file(&self, step: &Step) -> Result<Arc<dyn HostFile>> {
@@ -245,7 +246,7 @@ impl Opener {
              which a guest could have written there",
             further.display()
         );
-        let hint = "record the format with `rebasefs rebase -u -b FILE -F FORMAT IMAGE`, or allow it with --guess-formats";
+        let hint = "record the format with `rebasefs rebase -u -b FILE -F FORMAT IMAGE`, or allow it with `--guess-formats`";
         Err(Error::new(ErrorKind::PermissionDenied, what).path(file.path()).hint(hint))
     }
 

@@ -85,7 +85,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
     let opener = arguments.opening.opener().caching(arguments.cache, arguments.cache);
     if arguments.repair.is_some() && !opener.takes_locks() {
         let error = Error::invalid("--force-share cannot repair: it opens images beside those who write");
-        return Err(error.hint("leave out -U"));
+        return Err(error.hint("leave out `-U`"));
     }
     let layer = opener.layer(&arguments.file, format, access)?;
     let Some(image) = layer.as_qcow2() else {

@@ -15,6 +15,8 @@ use crate::file::{HostFile, Identity, LocalFile};
 use crate::layer::qcow2::create::{Preallocation, Spec, create, write_zeros};
 use crate::layer::{Format, Reference};
 
+const USAGE: &str = "`rebasefs create -f FORMAT FILE SIZE`";
+
 /// Make a new, empty image
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -59,7 +61,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let Some(file) = &arguments.file else {
-        return Err(Error::invalid("create needs the name of the new image"));
+        return Err(Error::invalid("create needs the name of the new image").hint(USAGE));
     };
     arguments.create(format, file).doing(|| format!("creating {}", file.display()))?;
     Ok(ExitCode::SUCCESS)
@@ -72,7 +74,7 @@ impl Arguments {
             self.look_at_backing(file, &backing, &mut options)?;
         }
         let Some(bytes) = options.size()? else {
-            return Err(Error::invalid("the new image needs a size").hint("rebasefs create FILE SIZE"));
+            return Err(Error::invalid("the new image needs a size").hint(USAGE));
         };
         options.set("size", bytes.to_string());
         let wanted = match format {
@@ -100,15 +102,15 @@ impl Arguments {
                 return Err(Error::invalid(format!("{name} is given twice: with -o and as {typed}")));
             }
             if format == Format::Raw && name != "size" {
-                return Err(
-                    Error::invalid("a raw image cannot have a backing file").hint("create it with -f qcow2")
-                );
+                return Err(Error::invalid("a raw image cannot have a backing file")
+                    .hint("create it with `-f qcow2`"));
             }
             options.set(name, value.clone());
         }
         match options.find("backing_fmt") {
             Some(_) if options.backing().is_none() => {
-                Err(Error::invalid("the format of a backing file is given, but no backing file"))
+                let error = Error::invalid("the format of a backing file is given, but no backing file");
+                Err(error.hint("name it with `-b FILE`"))
             }
             Some(name) => Format::from_name(name).map(|_| options),
             None => Ok(options),
@@ -121,7 +123,7 @@ impl Arguments {
             return match backing.format {
                 Some(_) => Ok(()),
                 None => Err(Error::invalid("with -u, the format of the backing file is needed")
-                    .hint("it is not opened; give its format with -F")),
+                    .hint("it is not opened; give its format with `-F FORMAT`")),
             };
         }
         let chain = Opener::new().backing_chain(file, Some(backing))?;

@@ -28,12 +28,12 @@ const QCOW2: &[Known] = &[
     Known("data_file_raw", "", "The external data file is a raw image by itself"),
     Known("lazy_refcounts", "off", "Refcounts may be written late"),
     Known("refcount_bits", "16", "Bits of a refcount, a power of two up to 64"),
-    Known("nocow", "", "Only off: use `chattr +C` on the directory instead"),
+    Known("nocow", "", "Only off: chattr +C on the directory does it"),
 ];
 const RAW: &[Known] = &[
     Known("size", "", "Virtual size"),
     Known("preallocation", "", "Set aside beforehand: off, falloc, full"),
-    Known("nocow", "", "Only off: use `chattr +C` on the directory instead"),
+    Known("nocow", "", "Only off: chattr +C on the directory does it"),
 ];
 const SWITCHES: &[&str] = &["extended_l2", "data_file_raw", "lazy_refcounts", "nocow"];
 
@@ -74,7 +74,7 @@ impl FormatOptions {
         }
         if name == "nocow" && switch(name, value)? {
             let error = Error::unsupported("option 'nocow=on' is not supported");
-            return Err(error.hint("`chattr +C` on the directory has the same effect"));
+            return Err(error.hint("`chattr +C DIRECTORY` does it for all that is created there"));
         }
         Ok(())
     }

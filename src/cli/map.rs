@@ -96,7 +96,7 @@ fn print_table(chain: &Chain, start: u64, length: u64) -> Result<()> {
         let (Some(offset), Some(file)) = (entry.offset, &entry.file) else {
             let error =
                 Error::unsupported("the image has compressed clusters, which lie at no offset of their own");
-            return Err(error.path(chain.layers()[entry.depth].file().path()).hint("use --output=json"));
+            return Err(error.path(chain.layers()[entry.depth].file().path()).hint("use `--output=json`"));
         };
         let [start, length, offset] = [entry.start, entry.length, offset].map(hexadecimal);
         print(&format!("{start:<16}{length:<16}{offset:<16}{}\n", file.display()))?;

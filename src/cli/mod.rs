@@ -92,7 +92,7 @@ fn failure(typed: &[OsString]) -> ExitCode {
 /// Who only reads may do so beside somebody who writes, if he wants to.
 fn or_force_share(error: Error) -> Error {
     match error.kind() {
-        ErrorKind::Busy => error.or_hint("or read it all the same with -U; what is read may be torn"),
+        ErrorKind::Busy => error.or_hint("or read it all the same with `-U`; what is read may be torn"),
         _ => error,
     }
 }

@@ -15,7 +15,7 @@ use clap::Args;
 use super::messages::Time;
 use super::mount_options::{self, Words};
 use super::options::Opening;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::layer::Format;
 use crate::mount::{Mount, MountOptions, Writing};
 use crate::sys::{self, Fork};
@@ -159,7 +159,10 @@ fn hear(mut reader: PipeReader) -> Result<ExitCode> {
     reader.read_to_string(&mut said).map_err(|e| Error::io(e, "cannot hear from the server"))?;
     match said.as_str() {
         READY => return Ok(ExitCode::SUCCESS),
-        "" => eprintln!("rebasefs: the server ended without a word"),
+        "" => {
+            let hint = "was it killed? `rebasefs mount --foreground IMAGE DIRECTORY` shows how it ends";
+            return Err(Error::new(ErrorKind::Io, "the server ended without a word").hint(hint));
+        }
         error => eprintln!("rebasefs: {error}"),
     }
     Ok(ExitCode::FAILURE)

@@ -53,7 +53,9 @@ impl Words {
 /// How many threads may serve.
 pub(super) fn threads(typed: &str) -> Result<u16> {
     let number = typed.parse().ok().filter(|number| (1..=256).contains(number));
-    number.ok_or_else(|| Error::invalid(format!("'{typed}' is no number of threads")).hint("1 to 256"))
+    number.ok_or_else(|| {
+        Error::invalid(format!("'{typed}' is no number of threads")).hint("from 1 to 256 are possible")
+    })
 }
 
 impl FromStr for Words {

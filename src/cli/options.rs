@@ -59,7 +59,7 @@ impl Refused {
         if self.image_opts {
             let error =
                 Error::unsupported("--image-opts is not supported: rebasefs opens files, not block nodes");
-            return Err(error.hint("name the file, and its format with -f"));
+            return Err(error.hint("name the file, and its format with `-f FORMAT`"));
         }
         match &self.object {
             None => Ok(()),

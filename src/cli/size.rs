@@ -11,8 +11,10 @@ const SUFFIXES: &str = "bkmgtpe";
 /// A number of bytes: decimal with a suffix (`1.5G`), or hexadecimal (`0x1000`). `what` names it in
 /// the error.
 pub(super) fn parse(text: &str, what: &str) -> Result<u64> {
-    let wrong =
-        || Error::invalid(format!("invalid {what} '{text}'")).hint("write it like 512, 64k, 1.5G or 0x200");
+    let wrong = || {
+        Error::invalid(format!("invalid {what} '{text}'"))
+            .hint("write it like `512`, `64k`, `1.5G` or `0x200`")
+    };
     let bytes = bytes(text.trim_start()).ok_or_else(wrong)?;
     match i64::try_from(bytes) {
         Ok(_) => Ok(bytes as u64),

@@ -29,7 +29,7 @@ impl CacheMode {
             "directsync" => Ok(Self::Directsync),
             "unsafe" => Ok(Self::Unsafe),
             _ => Err(Error::invalid(format!("there is no cache mode '{name}'"))
-                .hint("writeback, writethrough, none, directsync, unsafe")),
+                .hint("it is `writeback`, `writethrough`, `none`, `directsync` or `unsafe`")),
         }
     }
 

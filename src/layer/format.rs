@@ -39,8 +39,9 @@ impl Format {
         match name {
             "raw" | "file" | "host_device" => Ok(Self::Raw),
             "qcow2" => Ok(Self::Qcow2),
-            _ => Err(Error::unsupported(format!("format '{name}' is not supported"))
-                .hint("rebasefs reads raw and qcow2; convert it with `qemu-img convert -O qcow2 FILE NEW`")),
+            _ => Err(Error::unsupported(format!("format '{name}' is not supported")).hint(
+                "it is `raw` or `qcow2`; others are converted with `qemu-img convert -O qcow2 FILE NEW`",
+            )),
         }
     }
 
@@ -59,7 +60,7 @@ impl Format {
             None => Ok(Self::Raw),
             Some(name) => {
                 let what = format!("looks like format {name}, which is not supported");
-                let hint = "if it is a raw disk, say so with the format option (`-f raw`, `-F raw`)";
+                let hint = "convert it with `qemu-img convert -O qcow2 FILE NEW`; if it is a raw disk all the same, say `-f raw`, of a backing file `-F raw`";
                 Err(Error::unsupported(what).path(file.path()).hint(hint))
             }
         }

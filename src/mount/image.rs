@@ -117,7 +117,7 @@ impl Image {
             left -= u128::from(stop());
             if left == 0 {
                 let what = "somebody still reads by the tables before: the space is not freed, but leaked";
-                let hint = "`rebasefs check -r leaks` frees it when the image is not mounted";
+                let hint = "`rebasefs check -r leaks IMAGE` frees it when the image is not mounted";
                 return Err(Error::new(ErrorKind::Cancelled, what).hint(hint));
             }
             thread::sleep(Duration::from_millis(1));
@@ -270,6 +270,8 @@ mod tests {
         let reader = image.moment();
         let error = image.supersede(Chain::default(), || true).unwrap_err();
         assert!(error.to_string().contains("still reads"), "{error}");
+        let hint = "`rebasefs check -r leaks IMAGE` frees it when the image is not mounted";
+        assert!(error.to_string().ends_with(&format!("({hint})")), "{error}");
         drop(reader);
         // One who reads from what was replaced already is waited for, too.
         let reader = image.moment();

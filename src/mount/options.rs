@@ -109,9 +109,8 @@ impl MountOptions {
     pub(super) fn config(&self, image: &Path, threads: usize) -> Result<Config> {
         let has = |flag| self.flags.contains(&flag);
         if has(MountOption::AutoUnmount) && self.who == SessionACL::Owner {
-            return Err(Error::invalid(
-                "mount option 'auto_unmount' needs 'allow_other' or 'allow_root' beside it",
-            ));
+            let what = "mount option 'auto_unmount' needs 'allow_other' or 'allow_root' beside it";
+            return Err(Error::invalid(what).hint("`-o auto_unmount,allow_other`"));
         }
         let mut options = self.flags.clone();
         if !has(MountOption::DefaultPermissions) {

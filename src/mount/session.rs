@@ -173,15 +173,21 @@ fn read_ahead(device: u64) {
     }
 }
 
+/// Whether the mode of a file forbids us to read and write it.
+fn is_for_others(path: &str) -> bool {
+    let opened = File::options().read(true).write(true).open(path);
+    opened.is_err_and(|e| e.raw_os_error() == Some(sys::errno::EACCES))
+}
+
 fn cannot_mount(error: io::Error, mountpoint: &Path) -> Error {
     let hint = if !Path::new("/dev/fuse").exists() {
-        Some("there is no /dev/fuse: load it with `modprobe fuse`")
+        Some("there is no /dev/fuse: `modprobe fuse` makes it; a container needs to be given it")
     } else if error.kind() == io::ErrorKind::NotFound {
-        Some("only root can mount without fusermount3: install fuse3")
+        Some("only root can mount without fusermount3: install the package fuse3")
     } else if error.to_string().contains("user_allow_other") {
-        Some("add the line user_allow_other to /etc/fuse.conf")
-    } else if error.raw_os_error() == Some(sys::errno::EACCES) {
-        Some("is /dev/fuse readable and writable for you?")
+        Some("root allows it with `echo user_allow_other >> /etc/fuse.conf`")
+    } else if is_for_others("/dev/fuse") {
+        Some("root lets everybody use it with `chmod 666 /dev/fuse`")
     } else {
         None
     };

@@ -60,7 +60,7 @@ pub fn unmount(mountpoint: &Path, manner: Manner) -> Result<()> {
     }
 }
 
-const INSTALL: &str = "root needs `umount`, others `fusermount3`: install mount or fuse3";
+const INSTALL: &str = "install umount (package mount) for root, fusermount3 (fuse3) for others";
 
 /// The path as the kernel's table has it. A dead mount cannot be looked at, the directory that it
 /// lies in can.

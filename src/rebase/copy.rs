@@ -11,7 +11,7 @@ use super::compare::differences;
 use super::plan::{Pieces, Plan, Range, Survey};
 use super::{Difference, Later, Phase, Progress, Report};
 use crate::chain::{Chain, Owned, Payloads};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::file::AlignedBuffer;
 use crate::layer::{Content, Detail, ExtentKind, GuestOffset, Overlay};
 
@@ -51,10 +51,19 @@ pub(super) fn copy_differences(
     let copied = job.run(open.div_ceil(PIECE));
     progress.enter(Phase::Commit);
     let committed = overlay.commit();
-    copied?;
-    committed?;
+    copied.and(committed).map_err(or_make_room)?;
     let (copied, zeroed) = (job.copied.into_inner(), job.zeroed.into_inner());
     Ok(Report { missing: equal + open, equal, compared: open, copied, zeroed, reclaimed: 0 })
+}
+
+/// Where the overlay has no room to grow.
+fn or_make_room(error: Error) -> Error {
+    match error.kind() {
+        ErrorKind::NoSpace => {
+            error.hint("make room and start it again: what was copied already is not copied twice")
+        }
+        _ => error,
+    }
 }
 
 /// A part of a range in bytes from its start, and the unit in which it is compared.

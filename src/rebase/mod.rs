@@ -183,7 +183,7 @@ fn writer_of(top: &Arc<dyn Layer>, image: &Qcow2, request: &Request) -> Result<A
     let writer = match top.as_live() {
         Some(_) if request.verify => {
             let what = "--verify compares with what the image read as before, and a guest is writing to it";
-            return Err(Error::unsupported(what).hint("mount it without --rw for that"));
+            return Err(Error::unsupported(what).hint("leave out `--verify`, or mount it without `--rw`"));
         }
         Some(live) => live.writer().clone(),
         None => Arc::new(Writer::open(image)?),
@@ -214,7 +214,8 @@ fn qcow2_of(top: &Arc<dyn Layer>) -> Result<&Qcow2> {
     top.as_qcow2().ok_or_else(|| {
         let what =
             format!("a {} image has no backing file to change; only qcow2 can be rebased", top.format());
-        Error::unsupported(what).path(top.file().path())
+        let hint = "put one on it that has: `rebasefs create -f qcow2 -b IMAGE NEW`";
+        Error::unsupported(what).path(top.file().path()).hint(hint)
     })
 }
 

@@ -60,11 +60,13 @@ impl Options {
         // qemu-img removes the backing file then, silently in unsafe mode.
         let Some(name) = &self.backing else {
             let error = Error::invalid("no backing file given");
-            return Err(error.hint("-b FILE for another one, -b \"\" for none"));
+            return Err(error.hint("`-b FILE` for another one, `-b \"\"` for none"));
         };
         if self.force && !self.is_unsafe {
             let error = Error::invalid("--force is about names that cannot be looked up, which -u records");
-            return Err(error.hint("a safe rebase reads the new backing file, which must be there"));
+            return Err(
+                error.hint("leave out `--force`: a safe rebase reads the new backing file; or add `-u`")
+            );
         }
         let reference = || Reference { name: name.clone(), format: self.backing_format.clone() };
         Ok(Request {

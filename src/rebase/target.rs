@@ -57,11 +57,11 @@ fn record_unopened(
         return Err(error);
     }
     if backing.format.is_none() {
-        return Err(error.hint("a name is recorded with its format: give it with -F"));
+        return Err(error.hint("a name is recorded with its format: give it with `-F FORMAT`"));
     }
     if !is_forced && leads_nowhere(top, backing, &error) {
         return Err(
-            error.hint("a relative name means a file beside the image; --force records it all the same")
+            error.hint("a relative name means a file beside the image; `--force` records it all the same")
         );
     }
     log::warn!("{error}: its name is recorded all the same, nothing could be verified");
@@ -103,7 +103,7 @@ pub(crate) fn refuse_shared_files(top: &Arc<dyn Layer>, below: &Chain) -> Result
         None => Ok(()),
         Some(layer) => {
             let what = format!("has an external data file in common with {}", layer.file().path().display());
-            let hint = "give it a data file of its own, with `qemu-img convert`";
+            let hint = "make a copy of its own: `qemu-img convert -O qcow2 IMAGE NEW`";
             Err(Error::new(ErrorKind::Loop, what).path(top.file().path()).hint(hint))
         }
     }

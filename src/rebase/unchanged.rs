@@ -3,6 +3,9 @@
 use crate::chain::{Chain, Watch, Way};
 use crate::error::{Error, ErrorKind, Result};
 
+/// What to do about somebody who writes.
+pub(super) const LEAVE_ALONE: &str = "nobody may write to a backing file; when nobody does, start it again";
+
 /// The files below the overlay as they were when a rebase began.
 pub(super) struct Bases {
     old: Watch,
@@ -27,8 +30,7 @@ impl Bases {
                 let what = format!(
                     "{change}: has changed while it was being compared; the image still stands on what it stood on"
                 );
-                Err(Error::new(ErrorKind::Busy, what)
-                    .hint("nobody may write to a backing file; when nobody does, start it again"))
+                Err(Error::new(ErrorKind::Busy, what).hint(LEAVE_ALONE))
             }
         }
     }

@@ -80,7 +80,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
             run_one(arguments, &opener, &request, image, &progress, &stop)
         }
         _ if arguments.svg.is_some() => Err(Error::invalid("--svg draws one image")
-            .hint("name one image, and neither --from-file nor a file of differences")),
+            .hint("name one image, and neither `--from-file` nor a file of differences")),
         _ => many::run(arguments, &opener, request, &progress, &stop),
     }
 }

@@ -113,7 +113,7 @@ impl Spec {
         layout
             .header(self)
             .validate(|_| None)
-            .map_err(|e| e.hint("a disk of this size needs larger clusters, if the L1 table is too large"))?;
+            .map_err(|e| e.hint("a disk of this size needs larger clusters: `-o cluster_size=2M`"))?;
         self.header_cluster(&layout).map(drop)
     }
 
@@ -160,7 +160,9 @@ impl Spec {
         if name.len() > MAX_BACKING_NAME {
             let what =
                 format!("the backing file name has {} bytes, at most {MAX_BACKING_NAME} fit", name.len());
-            return Err(Error::new(ErrorKind::NameTooLong, what));
+            return Err(
+                Error::new(ErrorKind::NameTooLong, what).hint("a relative or a shorter path would do")
+            );
         }
         let room = header.cluster_size() as usize - header.length as usize;
         if extensions.encode().len() + name.len() > room {
@@ -169,7 +171,9 @@ impl Spec {
         let extensions = extensions.encode();
         if extensions.len() + name.len() > room {
             let what = "header, extensions and backing file name do not fit into one cluster";
-            return Err(Error::new(ErrorKind::NoSpace, what).hint("use a larger cluster_size"));
+            return Err(
+                Error::new(ErrorKind::NoSpace, what).hint("use larger clusters: `-o cluster_size=64k`")
+            );
         }
         if !name.is_empty() {
             header.backing_offset = u64::from(header.length) + extensions.len() as u64;

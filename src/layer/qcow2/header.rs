@@ -23,6 +23,10 @@ pub const MAX_L1_BYTES: u64 = 32 << 20;
 const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 const MAX_SNAPSHOTS: u32 = 65536;
 
+/// QEMU knows the secret; what it makes of the image is open to us.
+const DECRYPT: &str = "who has the secret can make a copy without: `qemu-img convert --object secret,id=key,file=SECRET \
+                       --image-opts driver=qcow2,file.filename=IMAGE,encrypt.key-secret=key -O qcow2 NEW`";
+
 /// Incompatible feature bits (*Header*, bytes 72–79) that we understand.
 pub mod incompatible {
     /// Refcounts may be wrong: the image was not closed by a writer with lazy refcounts.
@@ -279,8 +283,14 @@ impl Header {
     fn validate_features(&self, feature_name: impl Fn(u32) -> Option<String>) -> Result<()> {
         match self.encryption {
             0 => {}
-            1 => return Err(Error::unsupported("encryption (AES) is not supported").offset(32)),
-            2 => return Err(Error::unsupported("encryption (LUKS) is not supported").offset(32)),
+            1 => {
+                return Err(Error::unsupported("encryption (AES) is not supported").offset(32).hint(DECRYPT));
+            }
+            2 => {
+                return Err(Error::unsupported("encryption (LUKS) is not supported")
+                    .offset(32)
+                    .hint(DECRYPT));
+            }
             other => {
                 let what = format!("encryption method {other} is not supported");
                 return Err(Error::unsupported(what).offset(32));
@@ -296,7 +306,8 @@ impl Header {
                 })
                 .collect();
             let what = format!("incompatible feature not supported: {}", names.join(", "));
-            return Err(Error::unsupported(what).offset(field::INCOMPATIBLE));
+            let hint = "was it made by a newer program? have that make a copy without it";
+            return Err(Error::unsupported(what).offset(field::INCOMPATIBLE).hint(hint));
         }
         if self.has_subclusters() && self.cluster_bits < 14 {
             return Err(Error::corrupt("extended L2 entries need clusters of at least 16 KiB").offset(20));

@@ -44,7 +44,9 @@ impl Control {
             None => Ok(()),
             Some(_) if command.task != Task::Rebase => Ok(()),
             Some(why) => {
-                Err(Error::new(why.kind(), format!("the image could be opened for reading only: {why}")))
+                let error =
+                    Error::new(why.kind(), format!("the image could be opened for reading only: {why}"));
+                Err(error.hint("make it writable, and mount it again"))
             }
         }
     }
@@ -155,7 +157,7 @@ fn admit(state: &State) -> Result<()> {
         None => Ok(()),
         Some(running) => {
             let what = format!("busy: {} is under way", running.command.in_words());
-            Err(Error::new(ErrorKind::Busy, what).hint("write anything to ctl/cancel to stop it"))
+            Err(Error::new(ErrorKind::Busy, what).hint("`echo > ctl/cancel` stops it"))
         }
     }
 }

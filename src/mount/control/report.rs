@@ -40,7 +40,8 @@ pub(super) fn info(chain: &Chain) -> Result<Vec<u8>> {
         text += &json(&ImageInfo::of(&**layer)?)?.replace('\n', "\n    ");
         if text.len() > MAX_INFO {
             let what = format!("what is to be said of the chain has more than {MAX_INFO} bytes");
-            return Err(Error::unsupported(what).hint("`rebasefs info --backing-chain` prints all of it"));
+            return Err(Error::unsupported(what)
+                .hint("`rebasefs info --output=json --backing-chain IMAGE` prints all of it"));
         }
     }
     text += if text.is_empty() { "[]\n" } else { "\n]\n" };

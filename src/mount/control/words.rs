@@ -20,11 +20,16 @@ const REFUSED: [Refused; 11] = [
     Refused("format", Some('f'), ArgAction::Set, "the image is open already"),
     Refused("cache", Some('t'), ArgAction::Set, "the image is open already"),
     Refused("force-share", Some('U'), ArgAction::SetTrue, "the image is open already"),
-    Refused("guess-formats", None, ArgAction::SetTrue, "say it to `rebasefs mount`"),
+    Refused(
+        "guess-formats",
+        None,
+        ArgAction::SetTrue,
+        "it is an option of mount: `rebasefs mount --guess-formats IMAGE DIRECTORY`",
+    ),
     Refused("output", None, ArgAction::Set, "the outcome is in ctl/status, and ranges are in ctl/rebase"),
     Refused("progress", Some('p'), ArgAction::SetTrue, "ctl/status shows how far it has come"),
     Refused("quiet", Some('q'), ArgAction::SetTrue, "nothing is printed here"),
-    Refused("help", Some('h'), ArgAction::SetTrue, "nothing is printed here; see `rebasefs rebase --help`"),
+    Refused("help", Some('h'), ArgAction::SetTrue, "`rebasefs rebase --help` prints it"),
     Refused("image-opts", None, ArgAction::SetTrue, "the image is open already"),
     Refused("object", None, ArgAction::Set, "rebasefs has no QEMU objects"),
     Refused(IMAGE, None, ArgAction::Set, "the image is the one that is mounted; a backing file follows -b"),
@@ -76,7 +81,7 @@ fn refuse(matches: &ArgMatches) -> Result<()> {
         (name, Some(short)) => format!("-{short} (--{name})"),
         (name, None) => format!("--{name}"),
     };
-    Err(Error::invalid(format!("{what} has no place in ctl/rebase: {why}")))
+    Err(Error::invalid(format!("{what} has no place in ctl/rebase")).hint(*why))
 }
 
 /// What clap says in paragraphs: the first one, and its advice.
@@ -87,7 +92,9 @@ fn in_one_line(error: &clap::Error) -> Error {
     let what = Error::invalid(first.strip_prefix("error: ").unwrap_or(&first));
     match paragraphs.find_map(|text| text.strip_prefix("tip: ").map(str::to_owned)) {
         Some(tip) => what.hint(tip),
-        None => what.hint("the options are those of `rebasefs rebase`"),
+        // A value that one of our own errors refuses has the hint of that one.
+        None if first.ends_with(')') => what,
+        None => what.hint("`rebasefs rebase --help` explains the options"),
     }
 }
 
@@ -119,25 +126,29 @@ mod tests {
         assert!(wrong("-b x --dry-runs").contains("unexpected argument '--dry-runs' found"));
         assert!(wrong("-b x --dry-runs").contains("a similar argument exists: '--dry-run'"));
         assert!(wrong("-b x -u --verify").contains("cannot be used with"));
-        assert!(wrong("-b x -F floppy").contains("floppy"));
+        let said = wrong("-b x -F floppy");
+        assert!(said.contains("floppy") && said.matches(" (").count() == 1, "{said}");
         assert!(wrong("-b x -b y").contains("cannot be used multiple times"));
     }
 
     #[test]
     fn what_means_nothing_here_is_refused_with_the_reason() {
         for (line, words) in [
-            ("-f qcow2 -b x", "-f (--format) has no place in ctl/rebase: the image is open already"),
+            ("-f qcow2 -b x", "-f (--format) has no place in ctl/rebase (the image is open already)"),
             (
                 "-b x cow.qcow2",
-                "'cow.qcow2' has no place in ctl/rebase: the image is the one that is mounted",
+                "'cow.qcow2' has no place in ctl/rebase (the image is the one that is mounted",
             ),
             ("-p -b x", "-p (--progress) has no place"),
             ("-qb x", "-q (--quiet) has no place"),
             ("--output json -b x", "ranges are in ctl/rebase"),
             ("-U -b x", "-U (--force-share)"),
             ("-t none -b x", "-t (--cache)"),
-            ("--help", "see `rebasefs rebase --help`"),
-            ("--guess-formats -b x", "say it to `rebasefs mount`"),
+            ("--help", "(`rebasefs rebase --help` prints it)"),
+            (
+                "--guess-formats -b x",
+                "it is an option of mount: `rebasefs mount --guess-formats IMAGE DIRECTORY`",
+            ),
             ("--object secret,id=x -b x", "rebasefs has no QEMU objects"),
         ] {
             assert!(wrong(line).contains(words), "{line}: {}", wrong(line));

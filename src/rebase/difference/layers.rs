@@ -91,7 +91,8 @@ impl SavedFile {
         if file.identity().is_block_device() || modified_ns == 0 {
             let what = "has no modification time: nothing tells whether it has been written to since";
             let error = Error::unsupported(what).path(file.path());
-            return Err(error.hint("a difference can be kept between files of a file system that has them"));
+            return Err(error
+                .hint("leave out `--save-difference`: a difference is kept of files alone that have one"));
         }
         let path = std::fs::canonicalize(file.path()).unwrap_or_else(|_| file.path().to_owned());
         let fingerprint = fingerprint(file, size)?;

@@ -117,7 +117,7 @@ fn decode(text: &str) -> Result<Vec<Saved>> {
     }
     if document.version != VERSION {
         let what = format!("is of version {}, this program knows {VERSION}", document.version);
-        return Err(Error::unsupported(what));
+        return Err(Error::unsupported(what).hint(NEW));
     }
     if document.checksum != checksum(document.differences) {
         return Err(not_ours("was changed after it was saved (another checksum)"));
@@ -127,8 +127,10 @@ fn decode(text: &str) -> Result<Vec<Saved>> {
     Ok(differences)
 }
 
+const NEW: &str = "a new one is made with `--save-difference FILE`";
+
 fn not_ours(what: &str) -> Error {
-    Error::corrupt(what).hint("it is made with --save-difference")
+    Error::corrupt(what).hint(NEW)
 }
 
 /// Of the differences in the file at `path` the one between these chains as they are now.
@@ -152,7 +154,7 @@ pub(super) fn choose(path: &Path, saved: &[Saved], old: &Chain, new: &Chain) -> 
     };
     Err(Error::invalid(what)
         .path(path)
-        .hint("leave out --difference, or make it anew with --save-difference"))
+        .hint("leave out `--difference`, or make it anew with `--save-difference FILE`"))
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ use super::{Difference, find};
 use crate::chain::Chain;
 use crate::error::{Error, ErrorKind, Result};
 use crate::file::Stamp;
+use crate::rebase::unchanged::LEAVE_ALONE;
 use crate::rebase::{Phase, Progress};
 
 /// Differences between chains, each found once for all who share this.
@@ -165,7 +166,7 @@ impl Known {
             for (file, was) in chain.files().zip(stamps) {
                 if file.stamp()?.is_written_since(was) {
                     let what = "was written to while overlays were being moved from or onto it";
-                    return Err(Error::new(ErrorKind::Busy, what).path(file.path()));
+                    return Err(Error::new(ErrorKind::Busy, what).path(file.path()).hint(LEAVE_ALONE));
                 }
             }
         }

@@ -32,7 +32,7 @@ impl Writer {
     pub fn compress(&self, is_wanted: bool) -> Result<()> {
         if is_wanted && self.header().has_data_file() {
             let what = "an external data file holds no compressed clusters";
-            return Err(Error::unsupported(what).path(self.file.path()).hint("leave out -c"));
+            return Err(Error::unsupported(what).path(self.file.path()).hint("leave out `-c`"));
         }
         self.header().compression().path(self.file.path())?;
         self.is_compressing.store(is_wanted, Ordering::Relaxed);

@@ -43,7 +43,9 @@ const STAGED_BUDGET: usize = 8 << 20;
 const UNCOMMITTED_BUDGET: u64 = 512 << 20;
 
 /// What to do about an image that must not be written.
-const REPAIR: &str = "repair it with `rebasefs check -r all` first";
+const REPAIR: &str = "`rebasefs check -r all IMAGE` repairs what can be repaired; otherwise copy what a guest sees with `qemu-img convert -O qcow2 IMAGE NEW`";
+/// What to do about one that nothing repairs.
+const RESCUE: &str = "copy what a guest sees into a new image: `qemu-img convert -O qcow2 IMAGE NEW`";
 
 /// A qcow2 image that is being written: the active disk and all internal snapshots at once.
 #[derive(Debug)]
@@ -322,7 +324,7 @@ impl Overlay for Writer {
         let header = self.header();
         if backing.is_some() && header.autoclear & autoclear::DATA_FILE_RAW != 0 {
             let what = "its external data file is a raw image by itself, which rules out a backing file";
-            return Err(Error::unsupported(what).path(self.file.path()));
+            return Err(Error::unsupported(what).path(self.file.path()).hint(RESCUE));
         }
         swap::check(&*self.file, backing)
     }

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use super::{REPAIR, Writer};
+use super::{RESCUE, Writer};
 use crate::error::{Error, Result};
 use crate::file::HostOffset;
 use crate::layer::qcow2::header::Header;
@@ -36,7 +36,7 @@ impl Writer {
         if header.has_data_file() && self.views.len() > 1 {
             let what =
                 "an image with an external data file has snapshots, which share its clusters uncounted";
-            return Err(Error::unsupported(what).hint("no program makes such an image"));
+            return Err(Error::unsupported(what).hint(RESCUE));
         }
         let state = &mut *self.state();
         let refcount_table = u64::from(header.refcount_table_clusters) << header.cluster_bits;
@@ -53,7 +53,7 @@ impl Writer {
                 let count = state.refcounts.of(HostOffset(at))?;
                 if count != 1 {
                     let what = format!("the {what} is used for something else as well (refcount {count})");
-                    return Err(Error::corrupt(what).offset(at).hint(REPAIR));
+                    return Err(Error::corrupt(what).offset(at).hint(RESCUE));
                 }
             }
         }
