@@ -225,8 +225,9 @@ impl Drop for Stalled {
 /// A shell that waits at `echo NAME > ctl/backing`, once the rebase runs.
 pub fn waiting_writer(mounted: &Mounted, name: &str) -> Child {
     let line = format!("exec 2>&1; echo {name} > ctl/backing; echo ended with $?");
-    let writer = Command::new("bash")
-        .args(["-c", &line])
+    // Also where whoever runs the tests ignores signals.
+    let writer = Command::new("env")
+        .args(["--default-signal=INT,TERM", "bash", "-c", &line])
         .current_dir(mounted.path(""))
         .stdout(Stdio::piped())
         .spawn()

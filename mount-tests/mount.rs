@@ -209,8 +209,8 @@ fn in_the_foreground_it_serves_until_a_signal() {
     let scratch = two_layers();
     let mountpoint = scratch.path("mnt");
     std::fs::create_dir(&mountpoint).unwrap();
-    let mut server = Command::new(rebasefs())
-        .args(["mount", "--foreground", "cow.qcow2"])
+    let mut server = Command::new("env")
+        .args(["--default-signal=INT", rebasefs(), "mount", "--foreground", "cow.qcow2"])
         .arg(&mountpoint)
         .current_dir(scratch.path(""))
         .spawn()
