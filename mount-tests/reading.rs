@@ -49,6 +49,8 @@ pub fn reads_as(chain: &Chain, expected: &[u8], cell: &str) {
         for at_most in [u64::MAX, 5000] {
             extents_tell_the_truth(chain, expected, detail, at_most, cell);
         }
+        runs_tell_the_truth(chain.extents(.., detail).joined(), chain, expected, cell);
+        runs_tell_the_truth(chain.extents(.., detail), chain, expected, cell);
     }
 }
 
@@ -87,6 +89,24 @@ fn extents_tell_the_truth(chain: &Chain, expected: &[u8], detail: Detail, at_mos
         same_bytes(&bytes_of(chain, owned), bytes, at, &format!("{cell}: {detail:?} says {owned:?}"));
         at += length as usize;
     }
+}
+
+/// Extents that leave nothing out.
+fn runs_tell_the_truth(
+    runs: impl Iterator<Item = Result<(GuestOffset, Owned)>>,
+    chain: &Chain,
+    expected: &[u8],
+    cell: &str,
+) {
+    let mut end = 0;
+    for run in runs {
+        let (at, owned) = run.unwrap_or_else(|e| panic!("{cell}: {e}"));
+        assert_eq!(at.0 as usize, end, "{cell}: a run begins where the one before ends");
+        let found = bytes_of(chain, owned);
+        same_bytes(&found, &expected[end..end + found.len()], end, &format!("{cell}: {owned:?}"));
+        end += found.len();
+    }
+    assert_eq!(end, expected.len(), "{cell}: the whole disk");
 }
 
 /// The bytes that an extent says it stands for.

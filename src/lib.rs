@@ -124,4 +124,6 @@ pub mod mount;
 pub mod rebase;
 mod sys;
 
+pub use chain::Chain;
 pub use error::{Error, ErrorKind, Result};
+pub use layer::{Detail, GuestOffset};

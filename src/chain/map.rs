@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use super::extents::{joined, step};
 use super::{Chain, Owned};
 use crate::error::Result;
 use crate::file::HostOffset;
@@ -13,6 +14,7 @@ use crate::layer::{Detail, Extent, ExtentKind, Format, GuestOffset, Layer};
 
 /// A run of guest bytes with one state; the fields of qemu-img's MapEntry.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct MapEntry {
     /// Guest offset in bytes.
     pub start: u64,
@@ -44,7 +46,7 @@ impl MapEntry {
     }
 
     /// As `qemu-img map --output=json` writes it.
-    pub fn as_json(&self) -> String {
+    pub(crate) fn as_json(&self) -> String {
         let Self { start, length, depth, present, zero, data, compressed, offset, .. } = self;
         let offset = offset.map(|offset| format!(", \"offset\": {offset}")).unwrap_or_default();
         format!(
@@ -53,43 +55,42 @@ impl MapEntry {
         )
     }
 
-    /// Whether `next` goes on in the same way.
-    fn continues(&self, next: &Self) -> bool {
+    /// Takes in `next`, which lies right behind, if that goes on in the same way.
+    fn join(&mut self, next: &Self) -> bool {
         let expected = Self {
             start: self.start + self.length,
             length: next.length,
             offset: self.offset.map(|offset| offset + self.length),
             ..self.clone()
         };
-        expected == *next
+        let goes_on = expected == *next;
+        self.length += if goes_on { next.length } else { 0 };
+        goes_on
     }
 
     /// Whether two runs of equal length are in the same state, wherever they are stored.
-    pub fn is_like(&self, other: &Self) -> bool {
+    pub(crate) fn is_like(&self, other: &Self) -> bool {
         let state = |e: &Self| (e.present, e.zero, e.data, e.compressed, e.offset.is_some());
         state(self) == state(other)
     }
 }
 
-/// The entries of a range, in order, each as long as it can be.
-#[derive(Debug)]
-pub struct Map<'a> {
-    chain: &'a Chain,
-    at: u64,
-    end: u64,
-    /// The entry that may go on.
-    open: Option<MapEntry>,
-}
-
 impl Chain {
-    /// The map of the bytes from `start` on, at most `length`.
-    pub fn map(&self, start: u64, length: u64) -> Map<'_> {
-        let end = start.saturating_add(length).min(self.virtual_size());
-        Map { chain: self, at: start, end, open: None }
+    /// The map of the bytes from `start` on, at most `length`: entries in order, each as long as it
+    /// can be, as `qemu-img map --output=json` has them.
+    ///
+    /// # Errors
+    /// The iterator ends with an error where tables cannot be read or break the rules of their
+    /// format.
+    pub fn map(&self, start: u64, length: u64) -> impl Iterator<Item = Result<MapEntry>> {
+        let mut range = start..start.saturating_add(length).min(self.virtual_size());
+        let step =
+            move || step(&mut range, |at, left| self.map_entry_at(at, left), |entry: &MapEntry| entry.length);
+        joined(std::iter::from_fn(step), MapEntry::join)
     }
 
     /// The state at `at`, for at most `length` (≥ 1) bytes.
-    pub fn map_entry_at(&self, at: GuestOffset, length: u64) -> Result<MapEntry> {
+    pub(crate) fn map_entry_at(&self, at: GuestOffset, length: u64) -> Result<MapEntry> {
         let Owned { depth, extent } = self.extent_at(at, length, Detail::Owner)?;
         let is_held = depth.is_some_and(|depth| at.0 < self.layers()[depth].virtual_size());
         let depth = match depth {
@@ -145,35 +146,4 @@ fn set_aside(layer: &dyn Layer, nowhere: MapEntry) -> Result<MapEntry> {
         Some(host) => entry.at(layer, host),
         None => entry,
     })
-}
-
-impl Map<'_> {
-    fn step(&mut self) -> Result<Option<MapEntry>> {
-        while self.at < self.end {
-            let next = self.chain.map_entry_at(GuestOffset(self.at), self.end - self.at)?;
-            self.at += next.length;
-            match &mut self.open {
-                Some(open) if open.continues(&next) => open.length += next.length,
-                open => {
-                    if let Some(done) = open.replace(next) {
-                        return Ok(Some(done));
-                    }
-                }
-            }
-        }
-        Ok(self.open.take())
-    }
-}
-
-impl Iterator for Map<'_> {
-    type Item = Result<MapEntry>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        let step = self.step();
-        if step.is_err() {
-            self.at = self.end;
-            self.open = None;
-        }
-        step.transpose()
-    }
 }

@@ -3,7 +3,8 @@
 //! A chain is a list, never a recursive type: rebase must be able to say that a new backing file
 //! is already in it. Reading is a loop over [`Chain::extent_at`].
 
-pub mod compare;
+pub(crate) mod compare;
+mod extents;
 mod grow;
 pub mod info;
 mod map;
@@ -15,11 +16,12 @@ mod watch;
 
 use std::sync::Arc;
 
-pub use map::{Map, MapEntry};
-pub use name::{Location, is_inside, resolve};
+pub use extents::Extents;
+pub use map::MapEntry;
+pub(crate) use name::{is_inside, resolve};
 pub use open::{Guess, MAX_DEPTH, Opener};
-pub use payload::Payloads;
-pub use watch::{Change, Watch, Way};
+pub(crate) use payload::Payloads;
+pub(crate) use watch::{Change, Watch, Way};
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::file::{Access, HostFile, HostOffset, Identity, Place};
@@ -48,7 +50,7 @@ pub struct Owned {
 
 /// What makes bytes the same without reading them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Source {
+pub(crate) enum Source {
     /// Zeros.
     Zero,
     /// Bytes of this host file from this offset on.
@@ -85,7 +87,7 @@ impl Chain {
     /// No layers, in the place of a chain that could not be opened: what is read from it, and from
     /// a chain that stands on it, is an error and not zeros.
     #[must_use]
-    pub fn unopened(why: &Error) -> Self {
+    pub(crate) fn unopened(why: &Error) -> Self {
         Self::ending([].into(), Some(why.to_string().into()))
     }
 
@@ -134,6 +136,10 @@ impl Chain {
     /// Where the bytes at `at` come from, for at most `length` (≥ 1) bytes; the answer may be
     /// shorter than what could be said. Beyond the end of a layer there are zeros, which hide
     /// what the layers below hold there.
+    ///
+    /// # Errors
+    /// Tables cannot be read, or break the rules of their format; what the last layer stands on could
+    /// not be opened ([`broken_off`](Self::broken_off)).
     pub fn extent_at(&self, at: GuestOffset, length: u64, detail: Detail) -> Result<Owned> {
         let Some(owners) = &self.owners else { return self.walk(0, at, length, detail) };
         let is_written = |layer: &&Arc<dyn Layer>| layer.file().access() == Access::ReadWrite;
@@ -193,7 +199,7 @@ impl Chain {
     }
 
     /// The same question, answered such that equal answers mean equal bytes.
-    pub fn source_at(&self, at: GuestOffset, length: u64, detail: Detail) -> Result<(Source, u64)> {
+    pub(crate) fn source_at(&self, at: GuestOffset, length: u64, detail: Detail) -> Result<(Source, u64)> {
         let owned = self.extent_at(at, length, detail)?;
         let layer = owned.depth.map(|depth| &self.layers[depth]);
         let source = match (owned.extent.kind, layer) {
@@ -208,7 +214,7 @@ impl Chain {
 
     /// Where the bytes at `at` lie on a device, if they are data, uncompressed, in an extent that
     /// several files share, and for how many of them, at most `length` (≥ 1), that holds.
-    pub fn shared_place_at(&self, at: GuestOffset, length: u64) -> Result<(Option<Place>, u64)> {
+    pub(crate) fn shared_place_at(&self, at: GuestOffset, length: u64) -> Result<(Option<Place>, u64)> {
         let Owned { depth, extent } = self.extent_at(at, length, Detail::Holes)?;
         match (depth, extent.kind) {
             (Some(depth), ExtentKind::Data(host)) => {
@@ -219,6 +225,10 @@ impl Chain {
     }
 
     /// Fills `buffer` with the guest's bytes from `at` on; zeros beyond the virtual size.
+    ///
+    /// # Errors
+    /// As [`extent_at`](Self::extent_at); a file cannot be read, or was cut short; a compressed cluster is
+    /// damaged.
     pub fn read_at(&self, at: GuestOffset, buffer: &mut [u8]) -> Result<()> {
         // Only a top is ever written to.
         let _held = self.top().and_then(|top| top.hold());
@@ -259,11 +269,11 @@ impl GuestView for Chain {
     }
 
     fn zeros_at(&self, at: GuestOffset, length: u64) -> Result<Zeros> {
-        let Owned { depth, extent } = self.extent_at(at, length, Detail::Holes)?;
+        let owned = self.extent_at(at, length, Detail::Holes)?;
         Ok(Zeros {
-            are_zero: matches!(extent.kind, ExtentKind::Zero(_) | ExtentKind::NotMine),
-            take_space: depth == Some(0) && matches!(extent.kind, ExtentKind::Zero(Some(_))),
-            length: extent.length,
+            are_zero: owned.is_zero(),
+            take_space: owned.depth == Some(0) && matches!(owned.extent.kind, ExtentKind::Zero(Some(_))),
+            length: owned.extent.length,
         })
     }
 }

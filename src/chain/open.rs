@@ -7,7 +7,8 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use super::{Chain, Location, name};
+use super::Chain;
+use super::name::{self, Location};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::file::{Access, CacheMode, HostFile, Identity, LocalFile, Lock};
 use crate::layer::qcow2::table::TableCache;
@@ -22,6 +23,7 @@ pub const MAX_DEPTH: usize = 4096;
 /// The guest that owned a raw disk can have written a qcow2 header into it that names any file of
 /// the host (CVE-2010-2238, CVE-2024-32498).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Guess {
     /// Only that it is raw, or a format that names no further file.
     #[default]
@@ -30,8 +32,24 @@ pub enum Guess {
     Anything,
 }
 
-/// Opens chains, each under the same policy, and shares the layers that they have in common.
-#[derive(Debug)]
+/// Opens chains, each under the same policy, and shares the layers that they have in common. Its
+/// clones share them, too.
+///
+/// ```
+/// use rebasefs::chain::{Guess, Opener};
+/// use rebasefs::file::Access;
+/// use rebasefs::layer::Format;
+///
+/// # let file = tempfile::NamedTempFile::new()?;
+/// # file.as_file().set_len(1 << 20)?;
+/// # let path = file.path();
+/// // All images are our own: trust what they say of each other, and read beside a running guest.
+/// let opener = Opener::new().guess(Guess::Anything).force_share();
+/// let chain = opener.chain(path, Some(Format::Raw), Access::ReadOnly)?;
+/// assert_eq!((chain.layers().len(), chain.virtual_size()), (1, 1 << 20));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Debug)]
 pub struct Opener {
     guess: Guess,
     locking: bool,
@@ -42,7 +60,36 @@ pub struct Opener {
     caching: (CacheMode, CacheMode),
     /// What chains hold that we opened. A layer that no chain holds any more is not kept, and a
     /// name that leads to another file by now is not looked up here.
-    open: Mutex<HashMap<(PathBuf, Format), Weak<dyn Layer>>>,
+    open: Arc<Mutex<OpenLayers>>,
+}
+
+/// By path and format.
+type OpenLayers = HashMap<(PathBuf, Format), Weak<dyn Layer>>;
+
+impl Chain {
+    /// Opens the image at `path` and all below it for reading, as an [`Opener`] does that was told
+    /// nothing else: the format is recognised, other processes may read beside us but not write, and
+    /// an image that names a further file without its format is not trusted to.
+    ///
+    /// ```
+    /// use rebasefs::{Chain, GuestOffset};
+    ///
+    /// # let file = tempfile::NamedTempFile::new()?;
+    /// # std::fs::write(&file, [0x11; 4096])?;
+    /// # let path = file.path();
+    /// let chain = Chain::open(path)?;
+    /// let mut sector = [0; 512];
+    /// chain.read_at(GuestOffset(1024), &mut sector)?;
+    /// assert_eq!(sector, [0x11; 512]);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// A file of the chain is not there, not ours to read, or being written by somebody else; an image
+    /// breaks the rules of its format, or uses a feature that is not understood; the chain is a loop.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        Opener::new().chain(path.as_ref(), None, Access::ReadOnly)
+    }
 }
 
 impl Default for Opener {
@@ -69,7 +116,7 @@ impl Opener {
             forbidden_device: None,
             tables: TableCache::new(),
             caching: Default::default(),
-            open: Mutex::default(),
+            open: Arc::default(),
         }
     }
 
@@ -93,31 +140,39 @@ impl Opener {
 
     /// Refuses files on the device of our own mount: reading them would read us.
     #[must_use]
-    pub fn forbid_device(self, device: u64) -> Self {
+    pub(crate) fn forbid_device(self, device: u64) -> Self {
         Self { forbidden_device: Some(device), ..self }
     }
 
     /// The same policy with nothing open yet: what was opened by `self` is not kept open by it.
     #[must_use]
-    pub fn renewed(&self) -> Self {
-        Self { tables: self.tables.clone(), open: Mutex::default(), ..*self }
+    pub(crate) fn renewed(&self) -> Self {
+        Self { tables: self.tables.clone(), open: Arc::default(), ..*self }
     }
 
     /// Whether it takes locks.
-    pub fn takes_locks(&self) -> bool {
+    pub(crate) fn takes_locks(&self) -> bool {
         self.locking
     }
 
     /// Opens the image at `path` and all below it, all under read locks; who wants to write to
     /// the top asks its file for more. Without `format`, it is recognised from the
     /// file: a person named it. `access` is for the top; what is below is opened for reading.
+    ///
+    /// # Errors
+    /// As [`Chain::open`].
     pub fn chain(&self, path: &Path, format: Option<Format>, access: Access) -> Result<Chain> {
         let location = Location::typed(path, format);
         self.walk(Step { location, access, cache: self.caching.0, is_typed: true }, None)
     }
 
     /// Opens one image, without what is below it.
-    pub fn layer(&self, path: &Path, format: Option<Format>, access: Access) -> Result<Arc<dyn Layer>> {
+    pub(crate) fn layer(
+        &self,
+        path: &Path,
+        format: Option<Format>,
+        access: Access,
+    ) -> Result<Arc<dyn Layer>> {
         let location = Location::typed(path, format);
         let step = Step { location, access, cache: self.caching.0, is_typed: true };
         self.layer_in(self.open_file(&step)?, &step)
@@ -125,6 +180,9 @@ impl Opener {
 
     /// Opens the chain that begins with the file that a person gives as backing file of the image
     /// at `overlay`. Nothing, if `backing` is `None`.
+    ///
+    /// # Errors
+    /// As [`Chain::open`]; also a chain that contains the overlay.
     pub fn backing_chain(&self, overlay: &Path, backing: Option<&Reference>) -> Result<Chain> {
         let Some(backing) = backing else { return Ok(Chain::default()) };
         let location = name::resolve(overlay, backing)?;

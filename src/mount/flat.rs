@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use crate::chain::Chain;
 use crate::error::Result;
-use crate::layer::{Detail, ExtentKind, GuestOffset};
+use crate::layer::{Detail, GuestOffset};
 
 /// How many bytes of a file are data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -130,19 +130,11 @@ impl Flat {
 
     /// The runs from `offset` to the end; neighbours may be alike. Ends after an error.
     fn runs(&self, offset: u64) -> impl Iterator<Item = Result<Run>> {
-        let mut next = offset;
-        std::iter::from_fn(move || {
-            if next >= self.length {
-                return None;
-            }
-            let start = next;
-            let (at, left) = (GuestOffset(self.start + start), self.length - start);
-            let run = self.chain.extent_at(at, left, Detail::Holes).map(|owned| {
-                let is_data = matches!(owned.extent.kind, ExtentKind::Data(_) | ExtentKind::Compressed(_));
-                Run { start, length: owned.extent.length, is_data }
-            });
-            next = run.as_ref().map_or(self.length, |run| start + run.length);
-            Some(run)
+        let end = self.start + self.length;
+        let runs = self.chain.extents(GuestOffset(self.start + offset)..GuestOffset(end), Detail::Holes);
+        runs.map(|run| {
+            let (at, owned) = run?;
+            Ok(Run { start: at.0 - self.start, length: owned.extent.length, is_data: !owned.is_zero() })
         })
     }
 

@@ -11,7 +11,7 @@ use crate::chain::{Chain, Opener, Source};
 use crate::error::{Context, Error, Result};
 use crate::file::AlignedBuffer;
 use crate::layer::qcow2::Qcow2;
-use crate::layer::{Detail, ExtentKind, GuestOffset, Layer, Overlay};
+use crate::layer::{Detail, GuestOffset, Layer, Overlay};
 
 /// Bytes that are compared at once, or one unit if that is more.
 const PIECE: u64 = 256 << 10;
@@ -65,13 +65,10 @@ pub fn reclaim(
 
 /// Bytes that the active disk of an overlay holds itself.
 pub(super) fn held_bytes(image: &Qcow2) -> Result<u64> {
-    let (mut at, mut held) = (GuestOffset(0), 0);
-    while at.0 < image.virtual_size() {
-        let extent = image.extent_at(at, image.virtual_size() - at.0, Detail::Owner)?;
-        held += if extent.kind == ExtentKind::NotMine { 0 } else { extent.length };
-        at = at + extent.length;
-    }
-    Ok(held)
+    let own = Chain::new([Arc::new(image.clone()) as Arc<dyn Layer>]);
+    own.extents(.., Detail::Owner)
+        .map(|run| run.map(|(_, owned)| owned.depth.map_or(0, |_| owned.extent.length)))
+        .sum()
 }
 
 struct Walk<'a> {

@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::chain::Chain;
 use crate::cli::picture::{Colour, Grid, Kind, Picture};
 use crate::error::Result;
-use crate::layer::{Detail, ExtentKind, GuestOffset, Layer};
+use crate::layer::{Detail, GuestOffset};
 use crate::rebase::Rehearsal;
 
 /// From what weighs least to what weighs most.
@@ -40,20 +40,20 @@ pub(super) fn write_svg(found: &Rehearsal, chain: &Chain, backing: Option<&Path>
     });
     let grid = Grid::for_page(smallest);
     let mut picture = Picture::new(title, 0, top.virtual_size(), kinds.collect(), grid);
-    draw(&mut picture, found, &**top)?;
+    draw(&mut picture, found, &Chain::new([top.clone()]))?;
     picture.write_svg(file)
 }
 
-fn draw(picture: &mut Picture, found: &Rehearsal, top: &dyn Layer) -> Result<()> {
+/// `top` is the overlay alone.
+fn draw(picture: &mut Picture, found: &Rehearsal, top: &Chain) -> Result<()> {
     let copied = found.ranges.iter().map(|range| (range.start, range.length, range.is_zero));
     let mut copied =
         Runs::new(copied.map(|(at, length, is_zero)| (at.0, length, if is_zero { ZEROED } else { COPIED })));
     let mut compared = Runs::new(found.compared.iter().map(|(at, length)| (at.0, *length, COMPARED)));
-    let (mut at, end) = (0, top.virtual_size());
-    while at < end {
-        let extent = top.extent_at(GuestOffset(at), end - at, Detail::Owner)?;
-        let below = if extent.kind == ExtentKind::NotMine { EQUAL } else { HELD };
-        let stop = at + extent.length;
+    for extent in top.extents(.., Detail::Owner) {
+        let (GuestOffset(mut at), owned) = extent?;
+        let below = if owned.depth.is_none() { EQUAL } else { HELD };
+        let stop = at + owned.extent.length;
         while at < stop {
             let (over, reach) = copied.at(at, stop);
             let (looked, reach) = compared.at(at, reach);
