@@ -20,7 +20,7 @@
 //! | module | one responsibility |
 //! |---|---|
 //! | [`cli`] | parse what was typed, call the library, print, exit code; a file a subcommand |
-//! | [`mount`] | the mounted view: `disk.raw` and the control files |
+//! | [`mount`](mod@mount) | the mounted view: `disk.raw` and the control files |
 //! | [`rebase`] | the engine, and the only list of its phases and durability barriers |
 //! | [`chain`] | open a chain (names, formats, loops, policy), ask for extents, read |
 //! | [`layer`] | one image, opened: raw or qcow2; what a writable top must offer |
@@ -52,7 +52,7 @@
 //! # The API in a few lines
 //!
 //! An [`Opener`] opens a [`Chain`], which is read with [`Chain::read_at`]; [`rebase::rehearse`] tells
-//! what a rebase would do, [`rebase::rebase`] does it and returns the chain on its new backing file; [`mount::Mount`] serves one over FUSE. Rebases that
+//! what a rebase would do, [`rebase::rebase`] does it and returns the chain on its new backing file; [`Mount`] serves one over FUSE. Rebases that
 //! share [`rebase::Differences`] compare their backing files once; [`rebase::Many`] runs them.
 //!
 //! ```
@@ -127,3 +127,4 @@ mod sys;
 pub use chain::Chain;
 pub use error::{Error, ErrorKind, Result};
 pub use layer::{Detail, GuestOffset};
+pub use mount::{Mount, mount};

@@ -8,7 +8,6 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::thread;
 
 use clap::Args;
 
@@ -103,19 +102,18 @@ pub(super) fn run(mut arguments: Arguments) -> Result<ExitCode> {
 }
 
 fn checked(arguments: Arguments, options: MountOptions) -> Mount {
-    let processors = || thread::available_parallelism().map_or(2, |n| n.get().max(2));
-    Mount {
-        image: arguments.image,
-        format: arguments.format,
-        mountpoint: arguments.mountpoint,
-        opener: arguments.opening.opener(),
-        options,
-        threads: arguments.threads.map_or_else(processors, usize::from),
-        writing: match (arguments.rw, arguments.grow) {
+    let mount = Mount::new(arguments.image, arguments.mountpoint)
+        .format(arguments.format)
+        .opener(arguments.opening.opener())
+        .options(options)
+        .writing(match (arguments.rw, arguments.grow) {
             (false, _) => Writing::Refused,
             (true, false) => Writing::Bytes,
             (true, true) => Writing::BytesAndSize,
-        },
+        });
+    match arguments.threads {
+        Some(threads) => mount.threads(threads.into()),
+        None => mount,
     }
 }
 

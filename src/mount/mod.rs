@@ -1,8 +1,8 @@
 //! The mounted view: one flat raw file with the guest-visible bytes, and control files to look
 //! into the chain and to change it.
 //!
-//! [`Mount`] says what to mount where; [`Mount::start`] makes it, [`Mounted::serve`] lives with
-//! it; [`unmount()`] takes it down from another process. `adapter` is all that knows FUSE requests;
+//! [`mount()`] mounts an image, [`Mount`] does so in other ways; [`Mounted::serve`] lives with it,
+//! [`unmount()`] takes it down from another process. `adapter` is all that knows FUSE requests;
 //! `view` is the file system without them, made of `tree` (inodes and names), `image` (the chain of the
 //! moment, as flat files: `flat`; its layers, snapshots and partitions: `parts`; what a guest writes:
 //! `writing`) and `control` (commands and jobs).
@@ -23,8 +23,10 @@ mod unmount;
 mod view;
 mod writing;
 
-use std::path::PathBuf;
+use std::fmt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread;
 use std::time::SystemTime;
 
 use crate::chain::{Chain, Opener};
@@ -41,37 +43,106 @@ pub use unmount::{Manner, unmount};
 use view::{Ownership, View};
 pub use writing::Writing;
 
-/// What to mount, where, and how.
-#[derive(Debug)]
-pub struct Mount {
-    /// The image, as typed: names in it are resolved against this path's directory.
-    pub image: PathBuf,
-    /// Its format; recognised, if not given.
-    pub format: Option<Format>,
-    /// The directory to mount on.
-    pub mountpoint: PathBuf,
-    /// What opens the image, and later each new chain.
-    pub opener: Opener,
-    /// What follows `-o`.
-    pub options: MountOptions,
-    /// How many threads serve, at least 1.
-    pub threads: usize,
-    /// What may be written to the disk.
-    pub writing: Writing,
+/// Mounts the guest-visible bytes of `image`, as `mountpoint/disk.raw`, with control files in
+/// `mountpoint/ctl`. Nothing can be written to the disk; [`Mount`] is for those who want more.
+///
+/// ```no_run
+/// # fn main() -> rebasefs::Result<()> {
+/// let mounted = rebasefs::mount("cow.qcow2", "mnt")?;
+/// // It can be used: mnt/disk.raw is the disk, and whoever writes to mnt/ctl/backing rebases.
+/// println!("until `rebasefs umount mnt`, `umount mnt`, or Ctrl-C");
+/// mounted.serve()
+/// # }
+/// ```
+///
+/// # Errors
+/// As [`Mount::start`].
+pub fn mount(image: impl Into<PathBuf>, mountpoint: impl Into<PathBuf>) -> Result<Mounted> {
+    Mount::new(image, mountpoint).start()
 }
 
-/// A mount that stands: it can be used from now on, and [`serve`](Self::serve) keeps it.
-pub struct Mounted(session::Mounted);
+/// What to mount, where, and how.
+///
+/// ```no_run
+/// use rebasefs::Mount;
+/// use rebasefs::layer::Format;
+/// use rebasefs::mount::Writing;
+///
+/// # fn main() -> rebasefs::Result<()> {
+/// let mount = Mount::new("cow.qcow2", "mnt").format(Format::Qcow2).threads(4);
+/// let mount = mount.writing(Writing::Bytes).options("allow_other,nodev".parse()?);
+/// mount.start()?.serve()
+/// # }
+/// ```
+#[derive(Debug)]
+#[must_use = "it does nothing before `start`"]
+pub struct Mount {
+    image: PathBuf,
+    format: Option<Format>,
+    mountpoint: PathBuf,
+    opener: Opener,
+    options: MountOptions,
+    threads: usize,
+    writing: Writing,
+}
+
+/// A mount that stands, and can be used from now on. [`serve`](Self::serve) keeps it; it is taken down
+/// when this is dropped.
+#[must_use = "it is taken down when it is dropped"]
+pub struct Mounted(Option<session::Mounted>);
 
 impl Mount {
-    /// Opens the image and mounts it. Blocks SIGINT, SIGTERM and SIGHUP in the calling thread.
+    /// The image at this path, on this directory: served by a thread for each processor, at least 2, and
+    /// with nothing written to its disk. Names in the image are resolved against the directory of the
+    /// path, as it is given.
+    pub fn new(image: impl Into<PathBuf>, mountpoint: impl Into<PathBuf>) -> Self {
+        Self {
+            image: image.into(),
+            format: None,
+            mountpoint: mountpoint.into(),
+            opener: Opener::default(),
+            options: MountOptions::default(),
+            threads: thread::available_parallelism().map_or(2, |n| n.get().max(2)),
+            writing: Writing::default(),
+        }
+    }
+
+    /// The format of the image; recognised, if not given.
+    pub fn format(self, format: impl Into<Option<Format>>) -> Self {
+        Self { format: format.into(), ..self }
+    }
+
+    /// What opens the image, and later each new chain.
+    pub fn opener(self, opener: Opener) -> Self {
+        Self { opener, ..self }
+    }
+
+    /// What follows `-o`.
+    pub fn options(self, options: MountOptions) -> Self {
+        Self { options, ..self }
+    }
+
+    /// How many threads serve, at least 1.
+    pub fn threads(self, threads: usize) -> Self {
+        Self { threads: threads.max(1), ..self }
+    }
+
+    /// What may be written to the disk.
+    pub fn writing(self, writing: Writing) -> Self {
+        Self { writing, ..self }
+    }
+
+    /// Opens the image and mounts it. Blocks SIGINT, SIGTERM and SIGHUP in the calling thread: they end
+    /// the mount. To be called before there are threads that do not block them.
     ///
     /// # Errors
-    /// The image or one below it cannot be opened, or the mount point will not do.
+    /// The image or one below it cannot be opened; it is to be written to and cannot be, or is no
+    /// qcow2 image; the mount point is no directory, has something mounted on it, or contains the image;
+    /// there is no `/dev/fuse`, or, for those who are not root, no `fusermount3`.
     pub fn start(self) -> Result<Mounted> {
         let image = point::absolute(&self.image)?;
         let mountpoint = point::check(&point::absolute(&self.mountpoint)?, &image)?;
-        let config = self.options.config(&image, self.threads.max(1))?;
+        let config = self.options.config(&image, self.threads)?;
         let (chain, read_only) = open(&self.opener, &image, self.format)?;
         let chain = match (self.writing, read_only.as_ref()) {
             (Writing::Refused, _) => chain,
@@ -82,7 +153,8 @@ impl Mount {
         let disk = Arc::new(Image::new(chain));
         let control = Arc::new(Control::new(disk.clone(), read_only));
         let view = View::new(disk.clone(), control.clone(), ownership, self.writing);
-        session::mount(view, disk, control, self.opener.renewed(), mountpoint, &config).map(Mounted)
+        session::mount(view, disk, control, self.opener.renewed(), mountpoint, &config)
+            .map(|mounted| Mounted(Some(mounted)))
     }
 }
 
@@ -91,15 +163,39 @@ impl Mounted {
     /// SIGHUP). Then it stops a running rebase, waits for it, and takes the mount down.
     ///
     /// # Errors
-    /// The mount cannot be taken down, or its connection broke.
-    pub fn serve(self) -> Result<()> {
-        self.0.serve()
+    /// The mount cannot be taken down, its connection broke, or what was written last cannot be made
+    /// durable.
+    pub fn serve(mut self) -> Result<()> {
+        self.0.take().map_or(Ok(()), session::Mounted::serve)
+    }
+
+    /// Stops a running rebase, waits for it, and takes the mount down. Who uses a file in it gets
+    /// errors from it.
+    ///
+    /// # Errors
+    /// The mount cannot be taken down, or what was written last cannot be made durable.
+    pub fn unmount(mut self) -> Result<()> {
+        self.0.take().map_or(Ok(()), session::Mounted::unmount)
+    }
+}
+
+impl fmt::Debug for Mounted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Mounted").finish_non_exhaustive()
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        if let Some(Err(error)) = self.0.take().map(session::Mounted::unmount) {
+            log::error!("{error}");
+        }
     }
 }
 
 /// Opens the chain for writing to its top; for reading, if the file system or its permissions
 /// forbid more, together with why.
-fn open(opener: &Opener, image: &std::path::Path, format: Option<Format>) -> Result<(Chain, Option<Error>)> {
+fn open(opener: &Opener, image: &Path, format: Option<Format>) -> Result<(Chain, Option<Error>)> {
     let doing = || format!("opening '{}'", image.display());
     match opener.chain(image, format, Access::ReadWrite) {
         Ok(chain) => Ok((chain, None)),
@@ -111,7 +207,7 @@ fn open(opener: &Opener, image: &std::path::Path, format: Option<Format>) -> Res
     }
 }
 
-fn ownership(image: &std::path::Path) -> Result<Ownership> {
+fn ownership(image: &Path) -> Result<Ownership> {
     let metadata = image.metadata().map_err(|e| Error::io(e, "cannot stat").path(image))?;
     let (user, group) = sys::effective_ids();
     // A file system without modification times has the beginning of time.

@@ -93,7 +93,7 @@ impl MountOptions {
     }
 
     /// All options of several `-o` in one; the last word on a matter counts.
-    pub fn merged(several: Vec<Self>) -> Self {
+    pub(crate) fn merged(several: Vec<Self>) -> Self {
         several.into_iter().fold(Self::default(), |mut all, next| {
             all.flags.extend(next.flags);
             if next.who != SessionACL::Owner {

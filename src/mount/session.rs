@@ -82,15 +82,24 @@ pub(super) fn mount(
 
 impl Mounted {
     /// Serves until `umount` or a signal, then takes the mount down.
-    pub(super) fn serve(mut self) -> Result<()> {
+    pub(super) fn serve(self) -> Result<()> {
         let end = loop {
             match self.ends.recv_timeout(LOOK) {
                 Err(RecvTimeoutError::Timeout) => self.look_around(),
                 end => break end,
             }
         };
+        self.finish(|mounted| mounted.end(end))
+    }
+
+    /// Takes the mount down.
+    pub(super) fn unmount(self) -> Result<()> {
+        self.finish(Self::take_down)
+    }
+
+    fn finish(mut self, end: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
         self.control.close();
-        let ended = self.end(end);
+        let ended = end(&mut self);
         // Nobody can write any more.
         let flushed = self.image.flush().doing(|| "making durable what was written".to_owned());
         ended.and(flushed)

@@ -16,6 +16,7 @@ const SOON: Duration = Duration::from_secs(2);
 
 /// How a mount is taken down.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Manner {
     /// Only if nobody uses it; returns when the server has ended.
     #[default]
@@ -26,7 +27,8 @@ pub enum Manner {
 }
 
 /// Unmounts what rebasefs has mounted on `mountpoint`: root any mount, others their own. A mount
-/// whose server has died is cleaned up.
+/// whose server has died is cleaned up. The program that serves a mount takes it down with
+/// [`Mounted::unmount`](super::Mounted::unmount).
 ///
 /// # Errors
 /// No mount of rebasefs is there, somebody uses it, or it is another user's.
@@ -119,7 +121,8 @@ fn number(status: &str) -> Option<u32> {
 
 /// The server of a mount. One in another container has another number here, and is none.
 fn server(status: &str) -> Option<(u32, Process)> {
-    let number = number(status)?;
+    // One does not wait for oneself.
+    let number = number(status).filter(|number| *number != std::process::id())?;
     let process = Process::open(number).inspect_err(|e| log::info!("process {number}: {e}")).ok()?;
     let command = std::fs::read(format!("/proc/{number}/cmdline")).ok()?;
     let is_rebasefs = command.windows(8).any(|word| word == b"rebasefs");

@@ -20,6 +20,7 @@ use crate::rebase::refuse_shared_files;
 
 /// What may be written to the disk of a mount.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[non_exhaustive]
 pub enum Writing {
     /// Nothing.
     #[default]
