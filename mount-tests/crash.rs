@@ -14,8 +14,8 @@ use std::sync::Arc;
 use rebasefs::ErrorKind;
 use rebasefs::chain::{Chain, Opener};
 use rebasefs::file::{Access, HostFile};
-use rebasefs::layer::qcow2::table::TableCache;
-use rebasefs::layer::qcow2::{Preamble, Qcow2, check};
+use rebasefs::layer::qcow2::testing::{Preamble, TableCache};
+use rebasefs::layer::qcow2::{Qcow2, check};
 use rebasefs::layer::{GuestOffset, Layer, Reference};
 use rebasefs::rebase::{Progress, Request, rebase, reclaim};
 

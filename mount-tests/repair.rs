@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use rebasefs::chain::Chain;
 use rebasefs::file::HostFile;
-use rebasefs::layer::qcow2::table::TableCache;
-use rebasefs::layer::qcow2::{Preamble, Qcow2, check, repair};
+use rebasefs::layer::qcow2::testing::{Preamble, TableCache};
+use rebasefs::layer::qcow2::{Qcow2, check, repair};
 use serde_json::Value;
 
 use crate::crash::{every_cut, views};

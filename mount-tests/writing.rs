@@ -12,7 +12,7 @@ use std::sync::Arc;
 use rebasefs::chain::{Chain, Opener};
 use rebasefs::file::Access;
 use rebasefs::layer::GuestOffset;
-use rebasefs::layer::qcow2::{Live, Writer};
+use rebasefs::layer::qcow2::testing::{Live, Writer};
 
 use crate::scratch::Scratch;
 

@@ -234,7 +234,7 @@ impl std::error::Error for Error {
 }
 
 /// Adds circumstances to the error of a result.
-pub trait Context<T> {
+pub(crate) trait Context<T> {
     /// Adds what was being done, from the inside out.
     fn doing(self, doing: impl FnOnce() -> String) -> Result<T>;
     /// Names the file, unless a deeper layer has named one already.

@@ -19,11 +19,11 @@
 //!
 //! | module | one responsibility |
 //! |---|---|
-//! | [`cli`] | parse what was typed, call the library, print, exit code; a file a subcommand |
+//! | `cli` | parse what was typed, call the library, print, exit code; a file a subcommand |
 //! | [`mount`](mod@mount) | the mounted view: `disk.raw` and the control files |
 //! | [`rebase`] | the engine, and the only list of its phases and durability barriers |
 //! | [`chain`] | open a chain (names, formats, loops, policy), ask for extents, read |
-//! | [`layer`] | one image, opened: raw or qcow2; what a writable top must offer |
+//! | [`layer`] | one image, opened: raw or qcow2 |
 //! | [`file`](mod@file) | positioned I/O, holes, sync and locks of host files |
 //! | [`error`] | one error: what, while doing what, to which file, where; and its errno |
 //! | `sys` | system calls that std lacks; the only `unsafe` |
@@ -116,6 +116,7 @@
 //! [`Opener`]: chain::Opener
 
 pub mod chain;
+#[doc(hidden)]
 pub mod cli;
 pub mod error;
 pub mod file;

@@ -2,8 +2,8 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use rebasefs::layer::qcow2::compressed::{deflate, inflate};
-use rebasefs::layer::qcow2::header::Compression;
+use rebasefs::layer::qcow2::Compression;
+use rebasefs::layer::qcow2::testing::{deflate, inflate};
 
 fuzz_target!(|bytes: &[u8]| {
     let Some((&shape, payload)) = bytes.split_first() else { return };

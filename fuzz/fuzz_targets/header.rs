@@ -8,9 +8,8 @@ mod memory_file;
 use libfuzzer_sys::fuzz_target;
 use memory_file::MemoryFile;
 use rebasefs::layer::Format;
-use rebasefs::layer::qcow2::Preamble;
-use rebasefs::layer::qcow2::extension::Extensions;
-use rebasefs::layer::qcow2::header::{DECODED_LENGTH, Header};
+use rebasefs::layer::qcow2::Header;
+use rebasefs::layer::qcow2::testing::{DECODED_LENGTH, Extensions, Preamble};
 
 fuzz_target!(|bytes: &[u8]| {
     let file = MemoryFile::new(bytes.to_vec());

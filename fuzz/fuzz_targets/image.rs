@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use rebasefs::file::HostFile;
-use rebasefs::layer::qcow2::table::TableCache;
-use rebasefs::layer::qcow2::{Preamble, Qcow2};
+use rebasefs::layer::qcow2::Qcow2;
+use rebasefs::layer::qcow2::testing::{Preamble, TableCache};
 
 use super::memory_file::MemoryFile;
 

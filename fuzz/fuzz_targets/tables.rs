@@ -13,7 +13,7 @@ use libfuzzer_sys::fuzz_target;
 use memory_file::MemoryFile;
 use rebasefs::chain::Chain;
 use rebasefs::chain::info::ImageInfo;
-use rebasefs::layer::qcow2::bitmap::data_cluster;
+use rebasefs::layer::qcow2::testing::data_cluster;
 use rebasefs::layer::qcow2::{Qcow2, check};
 use rebasefs::layer::{Detail, GuestOffset, Layer};
 

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use rebasefs::ErrorKind;
 use rebasefs::chain::{Chain, Opener};
-use rebasefs::layer::qcow2::extension::Extension;
-use rebasefs::layer::qcow2::{Preamble, check};
+use rebasefs::layer::qcow2::check;
+use rebasefs::layer::qcow2::testing::{Extension, Preamble};
 use rebasefs::layer::{Layer, Reference};
 use rebasefs::rebase::{Mode, Progress, Request, rebase};
 

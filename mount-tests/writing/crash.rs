@@ -6,7 +6,8 @@ use std::sync::Arc;
 use rebasefs::chain::{Chain, Opener};
 use rebasefs::file::Access;
 use rebasefs::layer::GuestOffset;
-use rebasefs::layer::qcow2::{Live, check};
+use rebasefs::layer::qcow2::check;
+use rebasefs::layer::qcow2::testing::Live;
 
 use crate::crash::{every_numbered_cut, open, views};
 use crate::memory_file::MemoryFile;

@@ -12,6 +12,7 @@ impl Chain {
     ///
     /// # Errors
     /// It was opened for reading.
+    #[doc(hidden)]
     pub fn live(&self) -> Result<&Live> {
         let live = self.top().and_then(|top| top.as_live());
         live.ok_or_else(|| {
@@ -24,6 +25,7 @@ impl Chain {
     ///
     /// # Errors
     /// No guest writes to the top, or it cannot have so many bytes; its size is what it was then.
+    #[doc(hidden)]
     pub fn grown(&self, size: u64) -> Result<Self> {
         let (live, below, old) = (self.live()?, self.below(0), self.virtual_size());
         let wider = live.widened(size)?;

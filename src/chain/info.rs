@@ -1,6 +1,6 @@
 //! What can be said of a layer without reading guest data, in the words of `qemu-img info`.
 //!
-//! The types serialise to qemu-img's JSON, which [`json`] lays out. Prints nothing.
+//! The types serialise to qemu-img's JSON, which `json` lays out. Prints nothing.
 
 use serde::Serialize;
 use serde_json::ser::PrettyFormatter;
@@ -8,16 +8,15 @@ use serde_json::ser::PrettyFormatter;
 use super::name;
 use crate::error::{Error, Result};
 use crate::file::HostFile;
-use crate::layer::qcow2::Qcow2;
-use crate::layer::qcow2::bitmap::Bitmap;
 use crate::layer::qcow2::extension::kind;
-use crate::layer::qcow2::header::{Compression, Header, autoclear, compatible, incompatible};
-use crate::layer::qcow2::snapshot::Snapshot;
+use crate::layer::qcow2::header::{autoclear, compatible, incompatible};
+use crate::layer::qcow2::{Bitmap, Compression, Header, Qcow2, Snapshot};
 use crate::layer::{Layer, Reference};
 
 /// An image; the fields of qemu-img's ImageInfo.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub struct ImageInfo {
     /// The files that the image lies in.
     pub children: Vec<Child>,
@@ -53,6 +52,7 @@ pub struct ImageInfo {
 
 /// A file that an image lies in.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Child {
     /// What the image uses it for.
     pub name: &'static str,
@@ -63,6 +63,7 @@ pub struct Child {
 /// A host file; the fields of an ImageInfo that a file has.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub struct FileInfo {
     /// The files that a file lies in: none.
     pub children: [(); 0],
@@ -84,6 +85,7 @@ pub struct FileInfo {
 /// What only one format has.
 #[derive(Clone, Debug, Serialize)]
 #[serde(tag = "type", content = "data", rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum FormatSpecific {
     /// Of a regular file.
     File {},
@@ -94,6 +96,7 @@ pub enum FormatSpecific {
 /// What only a qcow2 image has.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub struct Qcow2Info {
     /// `0.10` for version 2, `1.1` for version 3.
     pub compat: &'static str,
@@ -123,6 +126,7 @@ pub struct Qcow2Info {
 
 /// A persistent bitmap.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct BitmapInfo {
     /// `in-use`, `auto`.
     pub flags: Vec<&'static str>,
@@ -135,6 +139,7 @@ pub struct BitmapInfo {
 /// An internal snapshot.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub struct SnapshotInfo {
     /// Instruction count, where it was recorded.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -157,6 +162,9 @@ pub struct SnapshotInfo {
 
 impl ImageInfo {
     /// What can be said of a layer.
+    ///
+    /// # Errors
+    /// The file system does not answer; snapshots or bitmaps cannot be read.
     pub fn of(layer: &dyn Layer) -> Result<Self> {
         let file = FileInfo::of(&**layer.file())?;
         let image = layer.as_qcow2();
@@ -184,7 +192,7 @@ impl ImageInfo {
 ///
 /// # Errors
 /// The value has no JSON.
-pub fn json(value: &impl Serialize) -> Result<String> {
+pub(crate) fn json(value: &impl Serialize) -> Result<String> {
     let mut bytes = Vec::new();
     let mut serializer =
         serde_json::Serializer::with_formatter(&mut bytes, PrettyFormatter::with_indent(b"    "));

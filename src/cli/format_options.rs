@@ -7,8 +7,8 @@ use std::fmt::Write;
 
 use super::size;
 use crate::error::{Error, Result};
+use crate::layer::qcow2::Compression;
 use crate::layer::qcow2::create::{Preallocation, Spec};
-use crate::layer::qcow2::header::Compression;
 use crate::layer::{Format, Reference};
 
 /// An option: its name, what it is if not given (empty: not echoed), what it does.

@@ -21,6 +21,9 @@ pub enum CacheMode {
 
 impl CacheMode {
     /// The mode of that name.
+    ///
+    /// # Errors
+    /// QEMU has no such mode.
     pub fn from_name(name: &str) -> Result<Self> {
         match name {
             "writeback" => Ok(Self::Writeback),

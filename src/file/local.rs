@@ -32,6 +32,9 @@ pub struct LocalFile {
 impl LocalFile {
     /// Opens `path`. Anything but a regular file or a block device is refused, without blocking
     /// on it.
+    ///
+    /// # Errors
+    /// There is no such file, it is of another kind, or the operating system does not let us.
     pub fn open(path: &Path, access: Access, cache: CacheMode) -> Result<Self> {
         // Looked at first: merely opening a FIFO or a tape can have an effect.
         let metadata = std::fs::metadata(path).map_err(|e| Error::io(e, "cannot open").path(path))?;
@@ -47,6 +50,9 @@ impl LocalFile {
 
     /// Creates `path`, or empties it if it exists and no other process uses it. A block device
     /// stays as it is.
+    ///
+    /// # Errors
+    /// Another process uses the file, or the operating system does not let us.
     pub fn create(path: &Path) -> Result<Self> {
         let file = OpenOptions::new()
             .read(true)
@@ -129,6 +135,9 @@ impl LocalFile {
 
 impl Identity {
     /// The identity of the file that `path` leads to now.
+    ///
+    /// # Errors
+    /// There is none, or it cannot be looked at.
     pub fn of(path: &Path) -> io::Result<Self> {
         std::fs::metadata(path).map(|metadata| Self::of_metadata(&metadata))
     }

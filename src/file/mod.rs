@@ -14,12 +14,14 @@ use std::fmt;
 use std::os::fd::BorrowedFd;
 use std::path::Path;
 
-pub use buffer::AlignedBuffer;
+pub(crate) use buffer::AlignedBuffer;
 pub use cache::CacheMode;
 pub use local::LocalFile;
 pub use lock::Lock;
 pub use stamp::Stamp;
 
+#[cfg(doc)]
+use crate::error::ErrorKind;
 use crate::error::Result;
 
 /// Byte offset in a file that stores an image. Never mixed with [`GuestOffset`].
@@ -109,29 +111,53 @@ pub trait HostFile: fmt::Debug + Send + Sync {
     fn size(&self) -> u64;
 
     /// What it looks like now, whoever has changed it.
+    ///
+    /// # Errors
+    /// The file system does not answer.
     fn stamp(&self) -> Result<Stamp>;
 
     /// The bytes that it takes on its file system (`st_blocks` × 512).
+    ///
+    /// # Errors
+    /// The file system does not answer.
     fn allocated_bytes(&self) -> Result<u64>;
 
     /// Fills `buffer` from `at`. Beyond [`size`](Self::size) there are zeros, as QEMU has it; a
     /// file that has become shorter than that is an error.
+    ///
+    /// # Errors
+    /// The file cannot be read, or was cut short.
     fn read_at(&self, at: HostOffset, buffer: &mut [u8]) -> Result<()>;
 
     /// Writes all of `buffer` at `at`, enlarging the file where needed.
+    ///
+    /// # Errors
+    /// The file cannot be written.
     fn write_at(&self, at: HostOffset, buffer: &[u8]) -> Result<()>;
 
     /// Sets the length in bytes.
+    ///
+    /// # Errors
+    /// The file cannot have that length.
     fn set_size(&self, size: u64) -> Result<()>;
 
     /// Gives a range within the length space on the file system, so that writing to it cannot
     /// fail for want of it. What it reads as does not change.
+    ///
+    /// # Errors
+    /// There is no space.
     fn allocate(&self, at: HostOffset, length: u64) -> Result<()>;
 
     /// Frees the blocks of a range, which reads as zeros afterwards. The length stays.
+    ///
+    /// # Errors
+    /// The file cannot be written.
     fn punch(&self, at: HostOffset, length: u64) -> Result<()>;
 
     /// Returns when all that was written is durable, and what is needed to find it (`fdatasync`).
+    ///
+    /// # Errors
+    /// Something that was written may be lost.
     fn sync(&self) -> Result<()>;
 
     /// Lets the kernel begin to write to the disk what it has, so that [`sync`](Self::sync) has less to
@@ -140,16 +166,25 @@ pub trait HostFile: fmt::Debug + Send + Sync {
 
     /// Lets the kernel forget what it has cached, so that what is read next comes from the disk.
     /// Does nothing where there is no cache.
+    ///
+    /// # Errors
+    /// What was written cannot be written out.
     fn drop_cache(&self) -> Result<()> {
         Ok(())
     }
 
     /// The run that begins at `at`, at most `length` (≥ 1) bytes long. A file system that cannot
     /// tell answers data; beyond the end there is a hole.
+    ///
+    /// # Errors
+    /// The file system fails to look.
     fn run_at(&self, at: HostOffset, length: u64) -> Result<Run>;
 
     /// Where the bytes at `at` lie on the device, and for how many of them, at most `length` (≥ 1), the
     /// answer holds. `None` where no other file has the same extent, or where that is not known.
+    ///
+    /// # Errors
+    /// The file system fails to look.
     fn shared_place_at(&self, at: HostOffset, length: u64) -> Result<(Option<Place>, u64)> {
         let _ = at;
         Ok((None, length))
@@ -170,5 +205,8 @@ pub trait HostFile: fmt::Debug + Send + Sync {
 
     /// Takes the locks of `lock`, in addition to or in place of those held, or gives all back
     /// with [`Lock::None`].
+    ///
+    /// # Errors
+    /// Another process holds a lock that rules it out ([`ErrorKind::Busy`]).
     fn lock(&self, lock: Lock) -> Result<()>;
 }

@@ -7,6 +7,7 @@ use crate::file::{HostFile, HostOffset};
 
 /// An image format that we read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Format {
     /// The bytes of the disk, and nothing else.
     Raw,
@@ -35,6 +36,9 @@ const VDI: (usize, &[u8]) = (64, b"\x7f\x10\xda\xbe");
 
 impl Format {
     /// The format of that name. Old images store the protocol where the format belongs.
+    ///
+    /// # Errors
+    /// We do not read that format.
     pub fn from_name(name: &str) -> Result<Self> {
         match name {
             "raw" | "file" | "host_device" => Ok(Self::Raw),
@@ -48,6 +52,9 @@ impl Format {
     /// Recognises the format from the first bytes of a file; what has no known magic is raw.
     ///
     /// The answer is a guess: whoever writes a raw disk can make it look like anything.
+    ///
+    /// # Errors
+    /// The file cannot be read, or looks like a format that we do not read.
     pub fn recognise(file: &dyn HostFile) -> Result<Self> {
         let mut start = [0; 68];
         file.read_at(HostOffset(0), &mut start)?;

@@ -1,7 +1,7 @@
 //! Layers: one image of a chain each, opened, knowing nothing of the layers below it.
 //!
 //! Owns the one question that everything is built on, *where do these guest bytes come from?*
-//! ([`Layer::extent_at`]), and what a writable top must offer ([`Overlay`]).
+//! ([`Layer::extent_at`]), and what a writable top must offer (`Overlay`).
 
 mod format;
 pub mod qcow2;
@@ -9,6 +9,7 @@ mod raw;
 
 use std::ffi::OsString;
 use std::fmt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use format::Format;
@@ -109,6 +110,41 @@ pub struct Reference {
     pub format: Option<String>,
 }
 
+impl Reference {
+    /// A file of this format.
+    pub fn new(name: impl Into<OsString>, format: Format) -> Self {
+        Self { name: name.into(), format: Some(format.to_string()) }
+    }
+}
+
+/// A file of whatever format it turns out to have.
+impl From<OsString> for Reference {
+    fn from(name: OsString) -> Self {
+        Self { name, format: None }
+    }
+}
+
+/// Likewise.
+impl From<PathBuf> for Reference {
+    fn from(name: PathBuf) -> Self {
+        name.into_os_string().into()
+    }
+}
+
+/// Likewise.
+impl From<&Path> for Reference {
+    fn from(name: &Path) -> Self {
+        name.as_os_str().to_owned().into()
+    }
+}
+
+/// Likewise.
+impl From<&str> for Reference {
+    fn from(name: &str) -> Self {
+        OsString::from(name).into()
+    }
+}
+
 /// One image of a chain, opened. Knows nothing of the layers below.
 pub trait Layer: fmt::Debug + Send + Sync {
     /// The image's format.
@@ -119,9 +155,15 @@ pub trait Layer: fmt::Debug + Send + Sync {
 
     /// The extent that begins at `at`, at most `length` (≥ 1) bytes long; it may be shorter than
     /// what could be said. The range lies below [`virtual_size`](Self::virtual_size).
+    ///
+    /// # Errors
+    /// Tables cannot be read, or break the rules of the format.
     fn extent_at(&self, at: GuestOffset, length: u64, detail: Detail) -> Result<Extent>;
 
     /// Inflates the cluster at `place` and copies what lies at [`Compressed::skip`] to `buffer`.
+    ///
+    /// # Errors
+    /// The payload cannot be read, or is none.
     fn read_compressed(&self, place: Compressed, buffer: &mut [u8]) -> Result<()>;
 
     /// The file with the image's metadata.
@@ -143,18 +185,21 @@ pub trait Layer: fmt::Debug + Send + Sync {
     }
 
     /// The image with its writer, if a guest writes to it.
+    #[doc(hidden)]
     fn as_live(&self) -> Option<&Live> {
         None
     }
 
     /// As long as this is held, what extents lead to stays where it is. Of a layer that nobody
     /// writes to it always does.
+    #[doc(hidden)]
     fn hold(&self) -> Option<Hold<'_>> {
         None
     }
 }
 
 /// What a guest sees of its disk: of what a write leaves of a cluster, a copy is needed.
+#[doc(hidden)]
 pub trait GuestView {
     /// Fills `buffer` from `at` on; zeros beyond the end.
     fn read_at(&self, at: GuestOffset, buffer: &mut [u8]) -> Result<()>;
@@ -164,6 +209,7 @@ pub trait GuestView {
 }
 
 /// A run of guest bytes that are known to be zeros, or not.
+#[doc(hidden)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Zeros {
     /// Whether they are.
@@ -176,7 +222,7 @@ pub struct Zeros {
 
 /// What a rebase puts in the place of guest bytes that the overlay does not hold.
 #[derive(Clone, Copy, Debug)]
-pub enum Content<'a> {
+pub(crate) enum Content<'a> {
     /// These bytes.
     Data(&'a [u8]),
     /// These bytes, which lie in this file from there on: the file system may let the overlay have
@@ -198,7 +244,7 @@ impl Content<'_> {
 
 /// A run of guest bytes that some view of an overlay does not hold, or that all of them hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Missing {
+pub(crate) struct Missing {
     /// Whether any view (the active disk, an internal snapshot) falls through to the backing file.
     pub is_missing: bool,
     /// Length in bytes, at least 1.
@@ -207,7 +253,7 @@ pub struct Missing {
 
 /// What a writable top offers to the rebase engine: to hold what it did not hold, and to name
 /// another backing file. A *view* is the active disk or an internal snapshot.
-pub trait Overlay: Send + Sync {
+pub(crate) trait Overlay: Send + Sync {
     /// The smallest number of bytes that can be held by themselves: a cluster or subcluster.
     fn unit(&self) -> u64;
 
@@ -261,7 +307,7 @@ pub trait Overlay: Send + Sync {
 
 /// What [`Overlay::fill`] did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Filled {
+pub(crate) struct Filled {
     /// Bytes that are the overlay's own now, as data.
     pub copied: u64,
     /// Bytes that are the overlay's own now, as zero clusters.

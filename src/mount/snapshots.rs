@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::fmt::Write;
 
-use crate::layer::qcow2::snapshot::Snapshot;
+use crate::layer::qcow2::Snapshot;
 
 /// Bytes of a name and of an id, so that there is room for both and for what file names end with: they
 /// have at most 255.

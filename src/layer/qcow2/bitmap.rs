@@ -33,6 +33,7 @@ pub struct Directory {
 
 /// A bitmap, as the directory describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Bitmap {
     /// Host offset of its entry in the directory.
     pub entry_offset: u64,
@@ -132,6 +133,9 @@ fn decode_entry(fixed: &[u8; ENTRY_LENGTH], header: &Header) -> Result<Bitmap> {
 
 /// The host cluster that an entry of a bitmap table points to, `None` where it stands for bits
 /// that are all the same.
+///
+/// # Errors
+/// Bits are set that are reserved, or the offset is none of a cluster.
 pub fn data_cluster(entry: u64, header: &Header) -> Result<Option<u64>> {
     let offset = entry & TABLE_OFFSET;
     let is_right = entry & TABLE_RESERVED == 0

@@ -17,6 +17,7 @@ const MAX_MESSAGES: usize = 100;
 
 /// What a check found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct CheckReport {
     /// Errors that may damage data, now or with the next write.
     pub corruptions: u64,
@@ -72,6 +73,9 @@ pub(super) struct Examination {
 
 /// Counts all references and compares them with the refcounts, for the active disk and all
 /// internal snapshots. Fails only where the file cannot be read.
+///
+/// # Errors
+/// The file cannot be read. What is wrong with the image is in the report.
 pub fn check(image: &Qcow2) -> Result<CheckReport> {
     examine(image).map(|examination| examination.report)
 }

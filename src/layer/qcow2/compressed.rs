@@ -14,6 +14,9 @@ use crate::error::{Error, Result};
 const WINDOW_LOG_MAX: u32 = 23;
 
 /// Fills `cluster` from `payload`, which may be followed by bytes that do not belong to it.
+///
+/// # Errors
+/// The payload is no such stream, or ends before the cluster is full.
 pub fn inflate(compression: Compression, payload: &[u8], cluster: &mut [u8]) -> Result<()> {
     let filled = match compression {
         Compression::Zlib => inflate_zlib(payload, cluster),

@@ -92,6 +92,9 @@ impl Default for Spec {
 
 impl Spec {
     /// Refuses what cannot be made, by name.
+    ///
+    /// # Errors
+    /// Names what cannot be had together, or does not fit.
     pub fn validate(&self) -> Result<()> {
         self.validate_version()?;
         let is_preallocated = self.preallocation != Preallocation::Off;
@@ -298,6 +301,10 @@ impl Layout {
 
 /// Makes the image in `file`, which is taken as empty. `data_file` is the external data file, if
 /// the image is to have one. Durable when it returns.
+///
+/// # Errors
+/// What is asked for cannot be made, see [`Spec::validate`]; a file cannot be written. What is there is no
+/// image then.
 pub fn create(file: &dyn HostFile, data_file: Option<&dyn HostFile>, spec: &Spec) -> Result<()> {
     spec.validate().map_err(|e| e.path(file.path()))?;
     let layout = Layout::of(spec);
@@ -396,7 +403,7 @@ impl Writing<'_> {
 }
 
 /// Writes zeros, not holes.
-pub fn write_zeros(file: &dyn HostFile, at: u64, length: u64) -> Result<()> {
+pub(crate) fn write_zeros(file: &dyn HostFile, at: u64, length: u64) -> Result<()> {
     const CHUNK: u64 = 2 << 20;
     let zeros = vec![0; CHUNK.min(length) as usize];
     (0..length).step_by(CHUNK as usize).try_for_each(|done| {

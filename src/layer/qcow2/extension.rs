@@ -22,7 +22,7 @@ pub mod kind {
 /// One extension: its type and its data, without padding.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Extension {
-    /// What it is; see [`kind`].
+    /// What it is; see `kind`.
     pub kind: u32,
     /// Its payload.
     pub data: Vec<u8>,
@@ -35,6 +35,9 @@ pub struct Extensions(pub Vec<Extension>);
 impl Extensions {
     /// Decodes the list that begins with `bytes`. It ends at its end marker or with the bytes.
     /// `start` is their offset in the file, for messages.
+    ///
+    /// # Errors
+    /// An extension reaches beyond the area.
     pub fn decode(bytes: &[u8], start: u64) -> Result<Self> {
         let mut list = Vec::new();
         let mut rest = bytes;
@@ -82,7 +85,7 @@ impl Extensions {
 
     /// Replaces the data of an extension where it stands, puts it first if it is new, or takes it
     /// out.
-    pub fn set(&mut self, kind: u32, data: Option<&[u8]>) {
+    pub(crate) fn set(&mut self, kind: u32, data: Option<&[u8]>) {
         let place = self.0.iter().position(|e| e.kind == kind);
         match (data, place) {
             (Some(data), Some(i)) => self.0[i].data = data.to_vec(),

@@ -111,8 +111,6 @@ pub struct Header {
 
 /// Where fields lie that are written one by one.
 pub mod field {
-    /// Backing file offset and size: 12 bytes.
-    pub const BACKING: usize = 8;
     /// Virtual size.
     pub const SIZE: u64 = 24;
     /// L1 table entries and offset: 12 bytes.
@@ -128,6 +126,10 @@ pub mod field {
 impl Header {
     /// Decodes the first [`DECODED_LENGTH`] bytes of an image. Only magic and version are judged
     /// here; [`validate`](Self::validate) judges the rest.
+    ///
+    /// # Errors
+    /// The magic bytes are missing, or the version is not known.
+    #[doc(hidden)]
     pub fn decode(bytes: &[u8; DECODED_LENGTH]) -> Result<Self> {
         let u32_at = |at: usize| u32::from_be_bytes(std::array::from_fn(|i| bytes[at + i]));
         let u64_at = |at: usize| u64::from_be_bytes(std::array::from_fn(|i| bytes[at + i]));
@@ -168,6 +170,7 @@ impl Header {
     }
 
     /// Encodes the header, of the length that it states; the inverse of [`decode`](Self::decode).
+    #[doc(hidden)]
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(self.length as usize);
         bytes.extend(MAGIC.to_be_bytes());
@@ -207,7 +210,7 @@ impl Header {
 
     /// Whether the zero flag of an L2 entry means anything: version 2 has none, and extended
     /// entries say it in their bitmap.
-    pub fn has_zero_flag(&self) -> bool {
+    pub(crate) fn has_zero_flag(&self) -> bool {
         self.version >= 3 && !self.has_subclusters()
     }
 
@@ -217,21 +220,25 @@ impl Header {
     }
 
     /// Bytes of an L2 entry.
-    pub fn l2_entry_size(&self) -> u64 {
+    pub(crate) fn l2_entry_size(&self) -> u64 {
         if self.has_subclusters() { 16 } else { 8 }
     }
 
     /// Entries of an L2 table, which fills one cluster.
+    #[doc(hidden)]
     pub fn l2_entries(&self) -> u64 {
         self.cluster_size() / self.l2_entry_size()
     }
 
     /// Guest bytes that one L1 entry, one whole L2 table, stands for.
-    pub fn l2_coverage(&self) -> u64 {
+    pub(crate) fn l2_coverage(&self) -> u64 {
         self.l2_entries() << self.cluster_bits
     }
 
     /// The compression of compressed clusters.
+    ///
+    /// # Errors
+    /// Clusters are compressed in a way that is not known.
     pub fn compression(&self) -> Result<Compression> {
         match self.compression {
             0 => Ok(Compression::Zlib),
@@ -242,6 +249,10 @@ impl Header {
 
     /// Refuses what breaks the specification, what QEMU's limits forbid, and what is not
     /// understood. `feature_name` gives the image's own name of an incompatible bit.
+    ///
+    /// # Errors
+    /// Names the field that is wrong, or the feature that is not understood.
+    #[doc(hidden)]
     pub fn validate(&self, feature_name: impl Fn(u32) -> Option<String>) -> Result<()> {
         self.validate_geometry()?;
         self.validate_features(feature_name)?;
@@ -249,7 +260,7 @@ impl Header {
     }
 
     /// The part of [`validate`](Self::validate) that must hold before the extensions are read.
-    pub fn validate_geometry(&self) -> Result<()> {
+    pub(crate) fn validate_geometry(&self) -> Result<()> {
         if !(9..=21).contains(&self.cluster_bits) {
             let what = format!("cluster size 2^{} is not between 2^9 and 2^21 bytes", self.cluster_bits);
             return Err(Error::corrupt(what).offset(20));
@@ -349,7 +360,7 @@ impl Header {
 
     /// Refuses a table that is too large, not aligned, or wraps around the end of the address
     /// space.
-    pub fn validate_table(&self, name: &str, offset: u64, bytes: u64, limit: u64) -> Result<()> {
+    pub(crate) fn validate_table(&self, name: &str, offset: u64, bytes: u64, limit: u64) -> Result<()> {
         if bytes > limit {
             let what = format!("the {name} claims {bytes} bytes, at most {limit} are possible");
             return Err(Error::corrupt(what).offset(offset));

@@ -22,6 +22,9 @@ pub type Hold<'a> = RwLockReadGuard<'a, ()>;
 
 impl Live {
     /// Takes an image, opened for writing and closed properly, of which the tables are right.
+    ///
+    /// # Errors
+    /// The image cannot be written, see [`Writer::open`].
     pub fn open(image: &Qcow2) -> Result<Self> {
         let writer = Writer::open(image)?;
         writer.check_tables()?;
@@ -30,21 +33,21 @@ impl Live {
     }
 
     /// The same with its header as it is in the file now.
-    pub fn reopen(&self) -> Result<Self> {
+    pub(crate) fn reopen(&self) -> Result<Self> {
         let image = self.writer.active(&self.image.reopen()?);
         Ok(Self { image, writer: self.writer.clone() })
     }
 
     /// A view of a disk of so many bytes, more than it has, with room for its tables. What lies behind
     /// the old end is to be zeroed by this view before [`grown`](Self::grown) makes it the disk's size.
-    pub fn widened(&self, size: u64) -> Result<Self> {
+    pub(crate) fn widened(&self, size: u64) -> Result<Self> {
         self.writer.refuse_growth(size)?;
         self.writer.make_room(size)?;
         Ok(Self { image: self.image.with_size(size), writer: self.writer.clone() })
     }
 
     /// The disk with the size of this view, durably.
-    pub fn grown(&self) -> Result<Self> {
+    pub(crate) fn grown(&self) -> Result<Self> {
         self.writer.set_size(self.virtual_size())?;
         self.reopen()
     }

@@ -6,7 +6,7 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | `header`, `extension`, `entry`, `compressed`, `bitmap` | what bytes mean; pure |
+//! | `header`, `extension`, `preamble`, `entry`, `compressed`, `bitmap` | what bytes mean; pure, but for reading the header cluster |
 //! | `table`, `l1`, `snapshot` | reading tables |
 //! | `refcount`, `writer` | writing, in the order of invariants I2 and I3 |
 //! | `live` | an image that is being written, as a layer |
@@ -14,107 +14,58 @@
 //! | `references`, `counts`, `stored`, `check` | who points where, and whether the refcounts say so |
 //! | `repair` | making them say so |
 
-pub mod bitmap;
+pub(crate) mod bitmap;
 pub mod check;
-pub mod compressed;
+mod compressed;
 mod counts;
 pub mod create;
-pub mod entry;
-pub mod extension;
-pub mod header;
+mod entry;
+pub(crate) mod extension;
+pub(crate) mod header;
 mod l1;
 mod live;
-pub mod refcount;
+mod preamble;
+mod refcount;
 mod references;
 pub mod repair;
-pub mod snapshot;
+mod snapshot;
 mod stored;
-pub mod table;
+pub(crate) mod table;
 mod writer;
 
-pub use live::{Hold, Live};
-pub use writer::Writer;
+pub use bitmap::Bitmap;
+pub use header::{Compression, Header};
+pub(crate) use live::{Hold, Live};
+pub(crate) use preamble::Preamble;
+pub use snapshot::Snapshot;
+pub(crate) use writer::Writer;
 
-use std::ffi::OsString;
-use std::os::unix::ffi::OsStringExt;
+/// What the tests and fuzz targets of this repository use of the rest. Promises nothing.
+#[doc(hidden)]
+pub mod testing {
+    pub use super::bitmap::data_cluster;
+    pub use super::compressed::{deflate, inflate};
+    pub use super::extension::{Extension, Extensions};
+    pub use super::header::DECODED_LENGTH;
+    pub use super::live::Live;
+    pub use super::preamble::Preamble;
+    pub use super::table::TableCache;
+    pub use super::writer::Writer;
+}
+
 use std::sync::Arc;
 
-use self::bitmap::{Bitmap, Directory};
+use self::bitmap::Directory;
 use self::entry::{Cluster, L2Entry, SUBCLUSTERS, Standard, State};
-use self::extension::{Extensions, kind};
-use self::header::{Compression, Header, autoclear, incompatible};
+use self::extension::kind;
+use self::header::{autoclear, incompatible};
 use self::l1::L1Table;
-use self::snapshot::{Snapshot, SnapshotTable};
+use self::snapshot::SnapshotTable;
 use self::table::{L2Slice, SLICE_BYTES, TableCache};
 use self::writer::Staged;
 use super::{Compressed, Detail, Extent, ExtentKind, Format, GuestOffset, Layer, Reference};
 use crate::error::{Context, Error, Result};
 use crate::file::{HostFile, HostOffset};
-
-/// The header cluster, decoded: what can be known before any other file is opened.
-#[derive(Clone, Debug)]
-pub struct Preamble {
-    /// The header's fields.
-    pub header: Header,
-    /// The header extensions.
-    pub extensions: Extensions,
-    /// The backing file.
-    pub backing: Option<Reference>,
-}
-
-impl Preamble {
-    /// Reads, decodes and validates the header cluster.
-    pub fn read(file: &dyn HostFile) -> Result<Self> {
-        Self::read_unnamed(file).path(file.path())
-    }
-
-    fn read_unnamed(file: &dyn HostFile) -> Result<Self> {
-        let mut start = [0; header::DECODED_LENGTH];
-        file.read_at(HostOffset(0), &mut start)?;
-        let header = Header::decode(&start)?;
-        header.validate_geometry()?;
-        let end = match header.backing_offset {
-            0 => header.cluster_size(),
-            offset => offset,
-        };
-        let mut area = vec![0; (end - u64::from(header.length)) as usize];
-        file.read_at(HostOffset(u64::from(header.length)), &mut area)?;
-        let extensions = Extensions::decode(&area, u64::from(header.length))?;
-        header.validate(|bit| extensions.incompatible_feature_name(bit))?;
-        let backing = read_backing(file, &header, &extensions)?;
-        Ok(Self { header, extensions, backing })
-    }
-
-    /// The external data file as the header names it; the format is always raw.
-    pub fn data_file(&self) -> Result<Option<Reference>> {
-        if !self.header.has_data_file() {
-            return Ok(None);
-        }
-        match self.extensions.find(kind::DATA_FILE) {
-            Some(name) if !name.is_empty() => Ok(Some(Reference {
-                name: OsString::from_vec(name.to_vec()),
-                format: Some(Format::Raw.to_string()),
-            })),
-            _ => Err(Error::corrupt("has an external data file but does not name it")),
-        }
-    }
-}
-
-fn read_backing(file: &dyn HostFile, header: &Header, extensions: &Extensions) -> Result<Option<Reference>> {
-    if header.backing_offset == 0 || header.backing_size == 0 {
-        return Ok(None);
-    }
-    let mut name = vec![0; header.backing_size as usize];
-    file.read_at(HostOffset(header.backing_offset), &mut name)?;
-    // QEMU reads it as a C string.
-    let end = name.iter().position(|&byte| byte == 0).unwrap_or(name.len());
-    name.truncate(end);
-    if name.is_empty() {
-        return Ok(None);
-    }
-    let format = extensions.find_text(kind::BACKING_FORMAT).filter(|f| !f.is_empty());
-    Ok(Some(Reference { name: OsString::from_vec(name), format }))
-}
 
 /// A qcow2 image, opened for reading one of its views: the active disk or an internal snapshot.
 #[derive(Clone, Debug)]
@@ -138,6 +89,10 @@ pub struct Qcow2 {
 impl Qcow2 {
     /// Opens the active disk. `data_file` is the external data file, opened, if `preamble` asks
     /// for one.
+    ///
+    /// # Errors
+    /// The L1 table cannot be read.
+    #[doc(hidden)]
     pub fn open(
         file: Arc<dyn HostFile>,
         data_file: Option<Arc<dyn HostFile>>,
@@ -162,7 +117,7 @@ impl Qcow2 {
     }
 
     /// The same image as it is in the file now.
-    pub fn reopen(&self) -> Result<Self> {
+    pub(crate) fn reopen(&self) -> Result<Self> {
         let data_file = self.preamble.header.has_data_file().then(|| self.data_file.clone());
         let preamble = Preamble::read(&*self.file)?;
         Self::open(self.file.clone(), data_file, preamble, self.cache.clone())
@@ -179,7 +134,7 @@ impl Qcow2 {
     }
 
     /// The whole header cluster.
-    pub fn preamble(&self) -> &Preamble {
+    pub(crate) fn preamble(&self) -> &Preamble {
         &self.preamble
     }
 
@@ -189,11 +144,17 @@ impl Qcow2 {
     }
 
     /// The internal snapshots.
+    ///
+    /// # Errors
+    /// The snapshot table cannot be read, or breaks the rules of the format.
     pub fn snapshots(&self) -> Result<Vec<Snapshot>> {
         SnapshotTable::read(&*self.file, self.header()).map(|table| table.snapshots)
     }
 
     /// The persistent bitmaps, none if they are not consistent with the image.
+    ///
+    /// # Errors
+    /// The bitmap directory cannot be read, or breaks the rules of the format.
     pub fn bitmaps(&self) -> Result<Vec<Bitmap>> {
         let extension = self.preamble.extensions.find(kind::BITMAPS);
         let is_consistent = self.header().autoclear & autoclear::BITMAPS != 0;
@@ -208,6 +169,9 @@ impl Qcow2 {
     }
 
     /// The view of an internal snapshot.
+    ///
+    /// # Errors
+    /// The L1 table of the snapshot cannot be read.
     pub fn at_snapshot(&self, snapshot: &Snapshot) -> Result<Self> {
         let l1 = L1Table::read(&*self.file, snapshot.l1_offset, snapshot.l1_entries)
             .path(self.file.path())
@@ -241,6 +205,10 @@ impl Qcow2 {
 
     /// The place in the data file that a cluster has for what lies at `at`, whether it is in use
     /// or not, and for how many bytes, at most `length`, the answer holds.
+    ///
+    /// # Errors
+    /// The L2 table cannot be read, or breaks the rules of the format.
+    #[doc(hidden)]
     pub fn place_at(&self, at: GuestOffset, length: u64) -> Result<(Option<HostOffset>, u64)> {
         let Some(entry) = self.l2_entry(at)? else {
             return Ok((None, self.absent_run(at, length)?));

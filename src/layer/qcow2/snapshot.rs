@@ -13,6 +13,7 @@ const MAX_L1_BYTES: u64 = 32 << 20;
 
 /// An internal snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Snapshot {
     /// Host offset of its L1 table.
     pub l1_offset: u64,

@@ -59,13 +59,19 @@ impl TableCache {
     }
 
     /// A number that no other layer of the process has.
-    pub fn next_layer_number() -> u64 {
+    pub(crate) fn next_layer_number() -> u64 {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         NEXT.fetch_add(1, Ordering::Relaxed)
     }
 
     /// The slice at `at`, from memory or from the file.
-    pub fn slice(&self, layer: u64, file: &dyn HostFile, at: HostOffset, bytes: u64) -> Result<Arc<L2Slice>> {
+    pub(crate) fn slice(
+        &self,
+        layer: u64,
+        file: &dyn HostFile,
+        at: HostOffset,
+        bytes: u64,
+    ) -> Result<Arc<L2Slice>> {
         self.slices.get_or_insert_with(&(layer, at), || {
             read_words(file, at, bytes / 8).map(|words| Arc::new(L2Slice { words }))
         })
@@ -73,7 +79,7 @@ impl TableCache {
 
     /// The inflated cluster at `at`, from memory or from `inflate`: once, also when several
     /// readers ask at the same time.
-    pub fn cluster(
+    pub(crate) fn cluster(
         &self,
         layer: u64,
         at: HostOffset,

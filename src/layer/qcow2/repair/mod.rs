@@ -40,6 +40,7 @@ pub enum Repair {
 
 /// What a repair did.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Repaired {
     /// What was found first.
     pub found: CheckReport,
@@ -61,7 +62,11 @@ impl Repaired {
     }
 }
 
-/// Checks an image that is open for writing, repairs what can be repaired, and checks it again.
+/// Checks an image that is open for writing, repairs what can be repaired, and checks it again. The
+/// image's file must be under a [write lock](crate::file::HostFile::lock).
+///
+/// # Errors
+/// The image was opened for reading only; the file cannot be read or written.
 pub fn repair(image: &Qcow2, what: Repair) -> Result<Repaired> {
     if image.file().access() == Access::ReadOnly {
         let what = "was opened for reading only and cannot be repaired";
@@ -72,7 +77,7 @@ pub fn repair(image: &Qcow2, what: Repair) -> Result<Repaired> {
 
 /// Repairs an image that was not closed properly, as whoever opens it for writing must, and
 /// returns it as it is then.
-pub fn recover(image: &Qcow2) -> Result<Qcow2> {
+pub(crate) fn recover(image: &Qcow2) -> Result<Qcow2> {
     let repaired = repair(image, Repair::All)?;
     log::info!(
         "{}: was not closed properly; repaired {} leaked clusters and {} errors of its refcounts",

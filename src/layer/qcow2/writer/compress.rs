@@ -29,7 +29,7 @@ impl Deflated {
 impl Writer {
     /// Whether what is filled in from now on is stored compressed where it can be. Refuses an image
     /// that can have no compressed clusters.
-    pub fn compress(&self, is_wanted: bool) -> Result<()> {
+    pub(crate) fn compress(&self, is_wanted: bool) -> Result<()> {
         if is_wanted && self.header().has_data_file() {
             let what = "an external data file holds no compressed clusters";
             return Err(Error::unsupported(what).path(self.file.path()).hint("leave out `-c`"));

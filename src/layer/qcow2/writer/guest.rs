@@ -46,6 +46,9 @@ struct Step {
 impl Writer {
     /// Writes what a guest writes. `view` is what the guest sees of this very disk. Durable after
     /// [`flush`](Self::flush).
+    ///
+    /// # Errors
+    /// The image cannot be read or written, or its tables break the rules of the format.
     pub fn write(&self, view: &dyn GuestView, at: GuestOffset, bytes: &[u8]) -> Result<()> {
         if bytes.is_empty() {
             return Ok(());
@@ -57,6 +60,9 @@ impl Writer {
     }
 
     /// Makes durable all that was written.
+    ///
+    /// # Errors
+    /// A file cannot be written.
     pub fn flush(&self) -> Result<()> {
         let mut state = self.state();
         if state.is_committing || state.has_changes() {
@@ -68,17 +74,17 @@ impl Writer {
     }
 
     /// Whether anything waits in memory.
-    pub fn has_changes(&self) -> bool {
+    pub(crate) fn has_changes(&self) -> bool {
         self.state().has_changes()
     }
 
     /// Guests wait with their writes as long as this is held. Those under way have ended.
-    pub fn hold_off_guests(&self) -> RwLockWriteGuard<'_, ()> {
+    pub(crate) fn hold_off_guests(&self) -> RwLockWriteGuard<'_, ()> {
         self.guests.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether guests would have to wait.
-    pub fn is_held_off(&self) -> bool {
+    pub(crate) fn is_held_off(&self) -> bool {
         self.guests.try_read().is_err()
     }
 

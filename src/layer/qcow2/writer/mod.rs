@@ -86,6 +86,9 @@ struct State {
 
 impl Writer {
     /// Takes an image, opened for writing, as overlay. Refuses what must not be written.
+    ///
+    /// # Errors
+    /// The image uses a feature that is not written, or its refcounts cannot be read.
     pub fn open(image: &Qcow2) -> Result<Self> {
         let preamble = image.preamble().clone();
         refuse_corrupt(&preamble.header).path(image.file().path())?;

@@ -16,6 +16,9 @@ const PIECE: u64 = 1 << 20;
 
 impl Writer {
     /// Lets the guest see zeros. With `may_unmap` the space is given back as well.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
     pub fn zero(&self, view: &dyn GuestView, at: GuestOffset, length: u64, may_unmap: bool) -> Result<()> {
         let end = at + length;
         let mut at = at;
