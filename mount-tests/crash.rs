@@ -16,8 +16,9 @@ use rebasefs::chain::{Chain, Opener};
 use rebasefs::file::{Access, HostFile};
 use rebasefs::layer::qcow2::testing::{Preamble, TableCache};
 use rebasefs::layer::qcow2::{Qcow2, check};
-use rebasefs::layer::{GuestOffset, Layer, Reference};
-use rebasefs::rebase::{Progress, Request, rebase, reclaim};
+use rebasefs::layer::{Format, GuestOffset, Layer, Reference};
+use rebasefs::rebase::SafeRebase;
+use rebasefs::{Progress, Rebase};
 
 use crate::memory_file::{MemoryFile, Operation};
 use crate::random_chain::Random;
@@ -30,7 +31,10 @@ struct Case {
     overlay: Vec<u8>,
     old: Chain,
     new: Chain,
-    request: Request,
+    /// The new backing file; `None` flattens.
+    backing: Option<Reference>,
+    compress: bool,
+    verify: bool,
     /// What the active disk and the snapshots read as.
     truth: Vec<Vec<u8>>,
 }
@@ -74,20 +78,20 @@ impl Case {
         let opener = Opener::new().force_share();
         let open = |name: &str| opener.chain(&s.path(name), None, Access::ReadOnly).unwrap();
         let (old, new) = (open("old"), target.map_or_else(Chain::default, open));
-        let name = |name: &str| Reference { name: s.path(name).into(), format: Some("raw".to_owned()) };
-        let request = Request { backing: target.map(name), compress, ..Request::default() };
+        let backing = target.map(|name| Reference::new(s.path(name), Format::Raw));
         let truth = views(&MemoryFile::new(overlay.clone()), &old);
         assert!(truth[0] == s.guest_bytes("qcow2", "cow.qcow2"));
         let name = format!("{options} onto {target:?}, snapshots: {has_snapshots}, -c: {compress}");
-        Self { scratch, name, overlay, old, new, request, truth }
+        Self { scratch, name, overlay, old, new, backing, compress, verify: false, truth }
     }
 
     /// Rebases the overlay that lies in `file`, and reclaims space.
     fn rebase(&self, file: &MemoryFile) -> rebasefs::Result<()> {
         let chain = self.chain_below(file).under(Arc::new(open(file)));
-        let opener = Opener::new().force_share();
-        let (chain, _) = rebase(&chain, &opener, &self.request, &Progress::default())?;
-        reclaim(&chain, &opener, &Progress::default(), |_| Ok(())).map(drop)
+        let mut rebase = moved(chain, self.backing.as_ref()).reclaim();
+        rebase = if self.compress { rebase.compress() } else { rebase };
+        rebase = if self.verify { rebase.verify() } else { rebase };
+        rebase.run(&Progress::default()).map(drop)
     }
 
     /// The chain that the header in `file` names.
@@ -114,6 +118,15 @@ impl Case {
         let code = s.run("qemu-img", "check -q cut.qcow2").code;
         assert!(matches!(code, Some(0 | 3)), "{}: qemu-img check ends with {code:?}", self.name);
         assert!(self.truth[0] == s.guest_bytes("qcow2", "cut.qcow2"), "{}", self.name);
+    }
+}
+
+/// The rebase of a chain onto this backing file, or onto none.
+pub fn moved(chain: Chain, backing: Option<&Reference>) -> SafeRebase {
+    let rebase = Rebase::of_chain(chain).opener(Opener::new().force_share());
+    match backing {
+        Some(backing) => rebase.onto(backing.clone()),
+        None => rebase.flatten(),
     }
 }
 
@@ -299,7 +312,7 @@ fn a_disk_that_fails_at_any_write_or_sync_loses_nothing_and_the_rebase_can_be_st
 fn trap_14_verify_sees_what_a_lying_disk_has_stored_and_leaves_the_image_on_its_old_backing_file() {
     let mut lies = 0;
     for mut case in cases() {
-        case.request.verify = true;
+        case.verify = true;
         let honest = MemoryFile::new(case.overlay.clone());
         case.rebase(&honest).unwrap();
         case.judge(honest.bytes(), &|| "an honest disk".to_owned());

@@ -18,6 +18,7 @@ mod hostile;
 mod info;
 mod interrupted;
 mod kill;
+mod library;
 mod locks;
 mod many;
 mod map;

@@ -12,16 +12,16 @@
 //!
 //! Imports run downwards only: from left to right in the picture, and `mount` and `cli` call
 //! `rebase`. Everything is built on one question, *where do these guest bytes come from?*
-//! [`Layer::extent_at`] answers it for one image, from metadata alone; [`Chain::extent_at`] walks
-//! the list of layers once and says which of them owns the bytes. Reading, `SEEK_HOLE`, `map`,
-//! `compare` and the plan of a rebase are short loops over that answer. A chain is a list, and no
-//! layer knows what lies below it.
+//! [`Layer::extent_at`](layer::Layer::extent_at) answers it for one image, from metadata alone;
+//! [`Chain::extent_at`] walks the list of layers once and says which of them owns the bytes. Reading,
+//! `SEEK_HOLE`, `map`, `compare` and the plan of a rebase are short loops over that answer. A chain is
+//! a list, and no layer knows what lies below it.
 //!
 //! | module | one responsibility |
 //! |---|---|
 //! | `cli` | parse what was typed, call the library, print, exit code; a file a subcommand |
 //! | [`mount`](mod@mount) | the mounted view: `disk.raw` and the control files |
-//! | [`rebase`] | the engine, and the only list of its phases and durability barriers |
+//! | [`rebase`](mod@rebase) | the engine, and the only list of its phases and durability barriers |
 //! | [`chain`] | open a chain (names, formats, loops, policy), ask for extents, read |
 //! | [`layer`] | one image, opened: raw or qcow2 |
 //! | [`file`](mod@file) | positioned I/O, holes, sync and locks of host files |
@@ -49,71 +49,158 @@
 //! - **I6** What is not understood is refused by name (unknown incompatible bit, reserved bit,
 //!   encryption …), never masked.
 //!
-//! # The API in a few lines
+//! # The API
 //!
-//! An [`Opener`] opens a [`Chain`], which is read with [`Chain::read_at`]; [`rebase::rehearse`] tells
-//! what a rebase would do, [`rebase::rebase`] does it and returns the chain on its new backing file; [`Mount`] serves one over FUSE. Rebases that
-//! share [`rebase::Differences`] compare their backing files once; [`rebase::Many`] runs them.
+//! Each example here runs on the same disks: `cow.qcow2` has 1 MiB and stands on `old.img`, which is full
+//! of `0x11`; `new.img` is the same but for its first half, full of `0x22`.
+//!
+//! **Open and read.** [`Chain::open`] opens an image with all below it, for reading;
+//! [`Opener`](chain::Opener) does so in other ways. [`Chain::read_at`] gives the guest's bytes.
 //!
 //! ```
-//! use rebasefs::chain::Opener;
-//! use rebasefs::file::{Access, LocalFile};
-//! use rebasefs::layer::qcow2::create::{Spec, create};
-//! use rebasefs::layer::{Detail, GuestOffset, Reference};
-//! use rebasefs::rebase::{Progress, Request, rebase, rehearse};
+//! use rebasefs::{Chain, GuestOffset};
+//! # use rebasefs::file::LocalFile;
+//! # use rebasefs::layer::qcow2::create::{Spec, create};
+//! # use rebasefs::layer::{Format, Reference};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! # let directory = tempfile::tempdir()?;
 //! # let place = |name: &str| directory.path().join(name);
-//! // Two disks of 1 MiB, and an overlay that stands on the first.
-//! std::fs::write(place("old.img"), vec![0x11; 1 << 20])?;
-//! std::fs::write(place("new.img"), vec![0x22; 1 << 20])?;
-//! let named = |name: &str| Reference { name: name.into(), format: Some("raw".into()) };
-//! let overlay = place("cow.qcow2");
-//! let spec = Spec { size: 1 << 20, backing: Some(named("old.img")), ..Spec::default() };
-//! create(&LocalFile::create(&overlay)?, None, &spec)?;
-//!
-//! // What its guest would see.
-//! let opener = Opener::new();
-//! let chain = opener.chain(&overlay, None, Access::ReadWrite)?;
-//! let mut bytes = [0; 512];
-//! chain.read_at(GuestOffset(0x8000), &mut bytes)?;
-//! assert_eq!(bytes, [0x11; 512]);
-//!
-//! // Where that comes from: all of it from layer 1, none from the overlay.
-//! let extent = chain.extent_at(GuestOffset(0), 1 << 20, Detail::Holes)?;
-//! assert_eq!((extent.depth, extent.extent.length), (Some(1), 1 << 20));
-//!
-//! // What a rebase would do. Nothing is written.
-//! let request = Request { backing: Some(named("new.img")), ..Request::default() };
-//! let rehearsal = rehearse(&chain, &opener, &request, &Progress::default())?;
-//! assert_eq!(rehearsal.report.copied, 1 << 20);
-//!
-//! // The rebase, while somebody looks how far it is. He could stop it: `progress.cancel()`.
-//! let progress = Progress::default();
-//! let (chain, report) = std::thread::scope(|threads| {
-//!     let work = threads.spawn(|| rebase(&chain, &opener, &request, &progress));
-//!     while !work.is_finished() {
-//!         println!("{}: {:.0} %", progress.phase().word(), progress.fraction() * 100.0);
-//!         std::thread::sleep(std::time::Duration::from_millis(10));
-//!     }
-//!     work.join().expect("no panic")
-//! })?;
-//!
-//! // It stands on the second disk now, and its guest sees the same.
-//! chain.read_at(GuestOffset(0x8000), &mut bytes)?;
-//! assert_eq!(bytes, [0x11; 512]);
-//! assert_eq!(chain.layers()[1].file().path(), place("new.img"));
-//! assert_eq!(report.copied, 1 << 20);
+//! # std::fs::write(place("old.img"), vec![0x11; 1 << 20])?;
+//! # std::fs::write(place("new.img"), [[0x22; 512 << 10], [0x11; 512 << 10]].concat())?;
+//! # let old = Some(Reference::new("old.img", Format::Raw));
+//! # let spec = Spec { size: 1 << 20, backing: old, ..Spec::default() };
+//! # let cow = place("cow.qcow2");
+//! # create(&LocalFile::create(&cow)?, None, &spec)?;
+//! let chain = Chain::open(&cow)?;
+//! let mut sector = [0; 512];
+//! chain.read_at(GuestOffset(64 << 10), &mut sector)?;
+//! assert_eq!(sector, [0x11; 512]);
+//! println!("{} bytes, {} layers", chain.virtual_size(), chain.layers().len());
 //! # Ok(())
 //! # }
 //! ```
 //!
-//! [`Layer::extent_at`]: layer::Layer::extent_at
-//! [`Chain`]: chain::Chain
-//! [`Chain::extent_at`]: chain::Chain::extent_at
-//! [`Chain::read_at`]: chain::Chain::read_at
-//! [`Opener`]: chain::Opener
+//! **Map.** [`Chain::extents`] says where the bytes of a range come from, and which are zeros, from
+//! metadata; [`Chain::map`] says it in the words of `qemu-img map`.
+//!
+//! ```
+//! use rebasefs::{Chain, Detail, GuestOffset};
+//! # use rebasefs::file::LocalFile;
+//! # use rebasefs::layer::qcow2::create::{Spec, create};
+//! # use rebasefs::layer::{Format, Reference};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let directory = tempfile::tempdir()?;
+//! # let place = |name: &str| directory.path().join(name);
+//! # std::fs::write(place("old.img"), vec![0x11; 1 << 20])?;
+//! # std::fs::write(place("new.img"), [[0x22; 512 << 10], [0x11; 512 << 10]].concat())?;
+//! # let old = Some(Reference::new("old.img", Format::Raw));
+//! # let spec = Spec { size: 1 << 20, backing: old, ..Spec::default() };
+//! # let cow = place("cow.qcow2");
+//! # create(&LocalFile::create(&cow)?, None, &spec)?;
+//! let chain = Chain::open(&cow)?;
+//! for extent in chain.extents(.., Detail::Holes).joined() {
+//!     let (at, owned) = extent?;
+//!     let layer = owned.depth.map(|depth| chain.layers()[depth].file().path());
+//!     println!("{at:#x}: {} bytes of {layer:?}", owned.extent.length);
+//!     assert_eq!((at, owned.extent.length), (GuestOffset(0), 1 << 20));
+//!     assert_eq!(layer, Some(place("old.img").as_path()));
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! **Plan.** A [`Rebase`] is put together word by word: which image, onto what, how.
+//! [`plan`](rebase::SafeRebase::plan) finds out what it would do, and writes nothing.
+//!
+//! ```
+//! use rebasefs::Rebase;
+//! # use rebasefs::file::LocalFile;
+//! # use rebasefs::layer::qcow2::create::{Spec, create};
+//! # use rebasefs::layer::{Format, Reference};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let directory = tempfile::tempdir()?;
+//! # let place = |name: &str| directory.path().join(name);
+//! # std::fs::write(place("old.img"), vec![0x11; 1 << 20])?;
+//! # std::fs::write(place("new.img"), [[0x22; 512 << 10], [0x11; 512 << 10]].concat())?;
+//! # let old = Some(Reference::new("old.img", Format::Raw));
+//! # let spec = Spec { size: 1 << 20, backing: old, ..Spec::default() };
+//! # let cow = place("cow.qcow2");
+//! # create(&LocalFile::create(&cow)?, None, &spec)?;
+//! let found = Rebase::new(&cow).onto("new.img").plan()?;
+//! for range in &found.ranges {
+//!     println!("{:#x}: {} bytes would be copied", range.start, range.length);
+//! }
+//! assert_eq!(found.report.copied, 512 << 10);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! **Rebase, watch, stop.** [`run`](rebase::SafeRebase::run) does it. Another thread may look at its
+//! [`Progress`], and cancel it: then the image stands on its old backing file still, and what was copied
+//! is not copied again. [`run_watched`](rebase::SafeRebase::run_watched) calls a closure instead.
+//!
+//! ```
+//! use std::time::Duration;
+//!
+//! use rebasefs::layer::{Format, Reference};
+//! use rebasefs::{Progress, Rebase};
+//! # use rebasefs::file::LocalFile;
+//! # use rebasefs::layer::qcow2::create::{Spec, create};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let directory = tempfile::tempdir()?;
+//! # let place = |name: &str| directory.path().join(name);
+//! # std::fs::write(place("old.img"), vec![0x11; 1 << 20])?;
+//! # std::fs::write(place("new.img"), [[0x22; 512 << 10], [0x11; 512 << 10]].concat())?;
+//! # let old = Some(Reference::new("old.img", Format::Raw));
+//! # let spec = Spec { size: 1 << 20, backing: old, ..Spec::default() };
+//! # let cow = place("cow.qcow2");
+//! # create(&LocalFile::create(&cow)?, None, &spec)?;
+//! let rebase = Rebase::new(&cow).onto(Reference::new("new.img", Format::Raw)).verify();
+//! let progress = Progress::default();
+//! let done = std::thread::scope(|threads| {
+//!     let work = threads.spawn(|| rebase.run(&progress));
+//!     while !work.is_finished() {
+//!         println!("{}: {:.0} %", progress.phase().word(), progress.fraction() * 100.0);
+//!         std::thread::sleep(Duration::from_millis(10)); // or, to stop it: progress.cancel()
+//!     }
+//!     work.join().expect("no panic")
+//! })?;
+//! assert_eq!(done.report.copied, 512 << 10);
+//! # let mut bytes = vec![0; 1 << 20];
+//! # done.chain.read_at(rebasefs::GuestOffset(0), &mut bytes)?;
+//! # assert!(bytes.iter().all(|byte| *byte == 0x11));
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Rebases that share [`Differences`](rebase::Differences) compare the same two backing files once. What
+//! changes the guest's bytes has another name: [`record_only`](Rebase::record_only) lets the header name
+//! another file, for one that was moved, and looks into neither.
+//!
+//! **Mount.** [`mount()`] serves the disk as `mnt/disk.raw`, and rebases when it is told to in `mnt/ctl/`;
+//! [`Mount`] does so in other ways.
+//!
+//! ```no_run
+//! # fn main() -> rebasefs::Result<()> {
+//! let mounted = rebasefs::mount("cow.qcow2", "mnt")?;
+//! println!("{} bytes", std::fs::metadata("mnt/disk.raw").map_or(0, |disk| disk.len()));
+//! // Until `umount mnt`, or a signal.
+//! mounted.serve()
+//! # }
+//! ```
+//!
+//! Beside these there are the [layers](layer) of a chain by themselves, qcow2 images to
+//! [create](layer::qcow2::create), [check](layer::qcow2::check) and [repair](layer::qcow2::repair), and
+//! [`HostFile`](file::HostFile), under which a layer can lie in something else than a file of this
+//! machine. Everything that fails says so with an [`Error`]: its [kind](ErrorKind), what was being done,
+//! to which file, at which offset, and what to do about it.
+//!
+//! What may grow is `#[non_exhaustive]`. What is hidden from this documentation serves the program and its
+//! tests, and promises nothing.
 
 pub mod chain;
 #[doc(hidden)]
@@ -129,3 +216,4 @@ pub use chain::Chain;
 pub use error::{Error, ErrorKind, Result};
 pub use layer::{Detail, GuestOffset};
 pub use mount::{Mount, mount};
+pub use rebase::{Progress, Rebase};

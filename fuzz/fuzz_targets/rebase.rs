@@ -15,11 +15,11 @@ use std::sync::{Arc, LazyLock};
 
 use libfuzzer_sys::fuzz_target;
 use memory_file::{MemoryFile, Operation};
-use rebasefs::chain::{Chain, Opener};
+use rebasefs::chain::Chain;
 use rebasefs::layer::qcow2::check;
 use rebasefs::layer::qcow2::repair::{Repair, repair};
-use rebasefs::layer::{GuestOffset, Layer, Raw, Reference};
-use rebasefs::rebase::{Mode, Progress, Request, rebase, reclaim};
+use rebasefs::layer::{Format, GuestOffset, Layer, Raw, Reference};
+use rebasefs::{Progress, Rebase};
 
 /// How much of a view is read from its beginning, and from its end.
 const LOOK: u64 = 512 << 10;
@@ -59,7 +59,6 @@ fn disk(picture: &str) -> Vec<u8> {
 
 struct Case {
     asked: u8,
-    request: Request,
     old: Chain,
     is_sound: bool,
     is_dirty: bool,
@@ -82,19 +81,8 @@ impl Case {
         }
         let old: Arc<dyn Layer> = Arc::new(Raw::open(Arc::new(MemoryFile::new(disk("11 -- 22 33 44 66")))));
         let old = image.backing().map_or_else(Chain::default, |_| Chain::new([old]));
-        let backing = Reference { name: NEW.clone().into(), format: Some("raw".to_owned()) };
-        let request = Request {
-            backing: (asked & ask::FLATTEN == 0).then_some(backing),
-            mode: if asked & ask::UNSAFE == 0 { Mode::Safe } else { Mode::Unsafe },
-            verify: asked & ask::VERIFY != 0,
-            reclaim: asked & ask::RECLAIM != 0,
-            compress: asked & ask::COMPRESS != 0,
-            force: false,
-            differences: None,
-        };
         let mut case = Self {
             asked,
-            request,
             old,
             is_sound: check::check(&image).expect("memory can be read").is_sound(),
             is_dirty: image.is_dirty(),
@@ -109,22 +97,37 @@ impl Case {
     fn run(&self, file: &MemoryFile, cut: usize, choice: u8) {
         let log_start = file.log().len();
         let chain = self.old.under(Arc::new(image::open(file, &self.data).expect("it was opened before")));
-        let opener = Opener::new();
-        let result = rebase(&chain, &opener, &self.request, &Progress::default());
-        if result.is_err() && !(self.is_sound || self.is_dirty && self.request.mode == Mode::Safe) {
+        let result = self.rebase(chain);
+        if result.is_err() && !(self.is_sound || self.is_dirty && !self.is(ask::UNSAFE)) {
             assert!(file.bytes() == self.start, "refused, and written all the same");
         }
-        if let Ok((chain, _)) = &result {
-            assert!(self.is_sound || self.is_dirty || self.request.mode == Mode::Unsafe);
-            if self.asked & ask::RECLAIM != 0 && self.request.mode == Mode::Safe {
-                let _ = reclaim(chain, &opener, &Progress::default(), |_| Ok(()));
-            }
+        if result.is_ok() {
+            assert!(self.is_sound || self.is_dirty || self.is(ask::UNSAFE));
         }
         self.judge(&file.bytes());
         // Two files lose their writes by themselves: that is a matter for the tests.
         if self.is_sound && self.data.log().is_empty() {
             self.judge(&cut_at(&self.start, &file.log()[log_start..], cut, choice));
         }
+    }
+
+    fn is(&self, bit: u8) -> bool {
+        self.asked & bit != 0
+    }
+
+    fn rebase(&self, chain: Chain) -> rebasefs::Result<()> {
+        let rebase = Rebase::of_chain(chain);
+        let backing = Reference::new(&*NEW, Format::Raw);
+        let mut safe = match (self.is(ask::UNSAFE), self.is(ask::FLATTEN)) {
+            (true, true) => return rebase.record_none().run().map(drop),
+            (true, false) => return rebase.record_only(backing).run().map(drop),
+            (false, true) => rebase.flatten(),
+            (false, false) => rebase.onto(backing),
+        };
+        safe = if self.is(ask::VERIFY) { safe.verify() } else { safe };
+        safe = if self.is(ask::RECLAIM) { safe.reclaim() } else { safe };
+        safe = if self.is(ask::COMPRESS) { safe.compress() } else { safe };
+        safe.run(&Progress::default()).map(drop)
     }
 
     /// What is read now is what was read before; what could not be read may be readable by now.
@@ -152,10 +155,10 @@ impl Case {
         let image = image::open(&file, &self.data).ok()?;
         let named = image.backing().map(|backing| &backing.name);
         let below = match named {
-            _ if self.request.mode == Mode::Unsafe => Chain::default(),
+            _ if self.is(ask::UNSAFE) => Chain::default(),
             None => Chain::default(),
             Some(name) if *name == NEW.as_os_str() => {
-                Opener::new().chain(&NEW, None, rebasefs::file::Access::ReadOnly).expect("it is there")
+                Chain::open(&*NEW).expect("it is there")
             }
             Some(_) => self.old.clone(),
         };

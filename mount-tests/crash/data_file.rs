@@ -3,14 +3,14 @@
 
 use std::sync::Arc;
 
+use rebasefs::Progress;
 use rebasefs::chain::{Chain, Opener};
 use rebasefs::file::{Access, HostFile};
 use rebasefs::layer::qcow2::testing::{Preamble, TableCache};
 use rebasefs::layer::qcow2::{Qcow2, check};
-use rebasefs::layer::{GuestOffset, Layer, Reference};
-use rebasefs::rebase::{Progress, Request, rebase, reclaim};
+use rebasefs::layer::{Format, GuestOffset, Layer, Reference};
 
-use super::{Torn, subsets};
+use super::{Torn, moved, subsets};
 use crate::memory_file::{Journal, MemoryFile, Operation};
 use crate::random_chain::Random;
 use crate::scratch::Scratch;
@@ -24,7 +24,8 @@ struct Case {
     start: [Vec<u8>; 2],
     old: Chain,
     new: Chain,
-    request: Request,
+    /// The new backing file; `None` flattens.
+    backing: Option<Reference>,
     truth: Vec<u8>,
 }
 
@@ -43,12 +44,11 @@ impl Case {
         s.draw("cow.qcow2", unit, "-- -- -- -- -- aa zz --");
         let opener = Opener::new().force_share();
         let open = |name: &str| opener.chain(&s.path(name), None, Access::ReadOnly).unwrap();
-        let backing = |name: &str| Reference { name: s.path(name).into(), format: Some("raw".to_owned()) };
         Self {
             start: FILES.map(|name| std::fs::read(s.path(name)).unwrap()),
             old: open("old"),
             new: target.map_or_else(Chain::default, open),
-            request: Request { backing: target.map(backing), verify: false, ..Request::default() },
+            backing: target.map(|name| Reference::new(s.path(name), Format::Raw)),
             truth: s.guest_bytes("qcow2", "cow.qcow2"),
             scratch,
         }
@@ -56,9 +56,7 @@ impl Case {
 
     fn rebase(&self, [image, data]: [&MemoryFile; 2]) {
         let chain = self.old.under(Arc::new(open(image, data)));
-        let opener = Opener::new().force_share();
-        let (chain, _) = rebase(&chain, &opener, &self.request, &Progress::default()).unwrap();
-        reclaim(&chain, &opener, &Progress::default(), |_| Ok(())).unwrap();
+        moved(chain, self.backing.as_ref()).reclaim().run(&Progress::default()).unwrap();
     }
 
     fn judge(&self, [image, data]: &[Vec<u8>; 2], what: &dyn Fn() -> String) {

@@ -4,12 +4,11 @@
 
 use std::sync::Arc;
 
-use rebasefs::ErrorKind;
-use rebasefs::chain::{Chain, Opener};
+use rebasefs::chain::Chain;
 use rebasefs::layer::qcow2::check;
 use rebasefs::layer::qcow2::testing::{Extension, Preamble};
 use rebasefs::layer::{Layer, Reference};
-use rebasefs::rebase::{Mode, Progress, Request, rebase};
+use rebasefs::{ErrorKind, Rebase};
 
 use serde_json::Value;
 
@@ -58,10 +57,13 @@ fn no_power_cut_leaves_anything_but_the_old_or_the_new_reference() {
         for length in NAMES {
             let file = MemoryFile::new(bytes.clone());
             let before = open(&file).backing().cloned();
-            let request =
-                Request { backing: reference(length), mode: Mode::Unsafe, force: true, ..Request::default() };
-            let chain = Chain::new([Arc::new(open(&file)) as Arc<dyn Layer>]);
-            if let Err(error) = rebase(&chain, &Opener::new(), &request, &Progress::default()) {
+            let rebase = Rebase::of_chain(Chain::new([Arc::new(open(&file)) as Arc<dyn Layer>]));
+            let backing = reference(length);
+            let rebase = match &backing {
+                Some(backing) => rebase.record_only(backing.clone()),
+                None => rebase.record_none(),
+            };
+            if let Err(error) = rebase.force().run() {
                 assert_eq!(error.kind(), ErrorKind::NoSpace, "{options}: {error}");
                 assert!(file.log().is_empty());
                 refused += 1;
@@ -72,20 +74,19 @@ fn no_power_cut_leaves_anything_but_the_old_or_the_new_reference() {
             states += every_cut(&bytes, &file.log(), |state, what| {
                 let file = MemoryFile::new(state);
                 let found = open(&file);
-                let is_either =
-                    found.backing() == before.as_ref() || found.backing() == request.backing.as_ref();
+                let is_either = found.backing() == before.as_ref() || found.backing() == backing.as_ref();
                 assert!(is_either, "{options}: {:?}: {}", found.backing(), what());
                 assert!(views(&file, &Chain::default()) == own, "{options}: {}", what());
                 assert!(check::check(&found).unwrap().is_sound(), "{options}: {}", what());
             });
             bytes = file.bytes();
-            assert_eq!(open(&file).backing(), request.backing.as_ref());
+            assert_eq!(open(&file).backing(), backing.as_ref());
             s.write("cow.qcow2", &bytes);
             // There are no such files, and QEMU checks no image without opening them.
             let info: Value = serde_json::from_str(&s.qemu_img("info --output=json cow.qcow2")).unwrap();
             let name = info["backing-filename"].as_str().map(Into::into);
             let format = info["backing-filename-format"].as_str().map(str::to_owned);
-            assert_eq!(name.map(|name| Reference { name, format }), request.backing);
+            assert_eq!(name.map(|name| Reference { name, format }), backing);
         }
         s.check_clean("cow.qcow2");
     }

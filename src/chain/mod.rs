@@ -128,6 +128,11 @@ impl Chain {
         Self::ending(layers.collect(), self.unopened.clone())
     }
 
+    /// Whether this is not the only handle by which its top can be read.
+    pub(crate) fn is_held_elsewhere(&self) -> bool {
+        Arc::strong_count(&self.layers) > 1 || self.top().is_some_and(|top| Arc::strong_count(top) > 1)
+    }
+
     /// Virtual size of the top layer in bytes, 0 without layers.
     pub fn virtual_size(&self) -> u64 {
         self.top().map_or(0, |layer| layer.virtual_size())

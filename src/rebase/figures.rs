@@ -8,7 +8,7 @@ use super::{Copied, Rehearsal, Report};
 
 impl Report {
     /// The figures, in bytes of guest address space, with the name of the image.
-    pub fn as_json(&self, image: &Path) -> Value {
+    pub(crate) fn as_json(&self, image: &Path) -> Value {
         let Self { missing, equal, compared, copied, zeroed, reclaimed } = *self;
         json!({
             "filename": image.to_string_lossy(),
@@ -25,7 +25,7 @@ impl Report {
 
 impl Rehearsal {
     /// The figures and the ranges.
-    pub fn as_json(&self, image: &Path) -> Value {
+    pub(crate) fn as_json(&self, image: &Path) -> Value {
         let range =
             |range: &Copied| json!({"start": range.start.0, "length": range.length, "zero": range.is_zero});
         let mut object = self.report.as_json(image);

@@ -10,6 +10,7 @@
 //! Knows layers and chains; knows nothing of command lines and mounts. May be stopped anywhere:
 //! what was copied is the overlay's own by then, and the next rebase finds it there.
 
+mod builder;
 mod compare;
 mod copy;
 mod difference;
@@ -24,31 +25,38 @@ mod standing;
 mod target;
 mod unchanged;
 mod verify;
+mod watched;
 
+use std::path::Path;
 use std::sync::Arc;
 
-pub use difference::{ChainKey, Difference, Differences, look};
-pub use many::{Looked, Many, Together};
-pub use options::Options;
+pub use builder::{Rebase, SafeRebase, UnsafeRebase};
+pub use difference::Differences;
 pub use progress::{Phase, Progress};
-pub use reclaim::reclaim;
-pub use rehearse::{Copied, Rehearsal, rehearse};
+pub use rehearse::{Copied, Rehearsal};
 pub use standing::Standing;
 
+use difference::ChainKey;
+pub(crate) use difference::{Difference, look};
+pub(crate) use many::{Many, Together};
+pub(crate) use options::Options;
+pub(crate) use reclaim::reclaim;
+pub(crate) use rehearse::rehearse;
 use target::Target;
 pub(crate) use target::refuse_shared_files;
 use unchanged::Bases;
+pub(crate) use watched::watched;
 
 use crate::chain::{Chain, Opener};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::file::{Access, Lock};
 use crate::layer::qcow2::repair::recover;
 use crate::layer::qcow2::{Qcow2, Writer};
-use crate::layer::{Layer, Overlay, Reference};
+use crate::layer::{Format, Layer, Overlay, Reference};
 
 /// Whether the guest-visible bytes are kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Mode {
+pub(crate) enum Mode {
     /// Old and new backing file are compared, what differs is copied.
     #[default]
     Safe,
@@ -59,7 +67,7 @@ pub enum Mode {
 
 /// What is asked for: by default, to flatten safely.
 #[derive(Clone, Debug, Default)]
-pub struct Request {
+pub(crate) struct Request {
     /// The new backing file; `None` flattens. A missing format is recognised and recorded.
     pub backing: Option<Reference>,
     /// Safe or not.
@@ -78,6 +86,20 @@ pub struct Request {
 }
 
 impl Request {
+    /// Opens the image at `path` with what the request needs to know of those below it.
+    pub(crate) fn open(
+        &self,
+        opener: &Opener,
+        path: &Path,
+        format: Option<Format>,
+        access: Access,
+    ) -> Result<Chain> {
+        match self.mode {
+            Mode::Safe => opener.chain(path, format, access),
+            Mode::Unsafe => Ok(Chain::new([opener.layer(path, format, access)?])),
+        }
+    }
+
     /// Where two chains differ, as far as others have found out or will ask again.
     fn difference(&self, old: &Chain, new: &Chain) -> Result<Option<Arc<Difference>>> {
         let shared = self.differences.as_ref().map(|shared| shared.between(old, new)).transpose();
@@ -85,8 +107,10 @@ impl Request {
     }
 }
 
-/// What a rebase did, in bytes of guest address space.
+/// What a rebase did, in bytes of guest address space. Of these, `missing` is `equal` and `compared`,
+/// and no more than `compared` was copied or zeroed, in whole clusters.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Report {
     /// What the overlay did not hold.
     pub missing: u64,
@@ -98,8 +122,40 @@ pub struct Report {
     pub copied: u64,
     /// Stored in the overlay as zero clusters.
     pub zeroed: u64,
-    /// Dropped from the overlay afterwards, see [`reclaim`].
+    /// Dropped from the overlay afterwards, see [`SafeRebase::reclaim`].
     pub reclaimed: u64,
+}
+
+/// What came of a rebase.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Rebased {
+    /// The image on its new backing file, open for writing and under a read lock as long as the chain is
+    /// kept.
+    pub chain: Chain,
+    /// What was done.
+    pub report: Report,
+}
+
+/// Rebases a chain that nobody else reads, and reclaims if that is asked for.
+pub(crate) fn rebase_alone(
+    chain: &Chain,
+    opener: &Opener,
+    request: &Request,
+    progress: &Progress,
+) -> Result<Rebased> {
+    let (mut chain, mut report) = rebase(chain, opener, request, progress)?;
+    if request.reclaim {
+        let mut fresh = None;
+        let publish = |chain| {
+            fresh = Some(chain);
+            Ok(())
+        };
+        let reclaimed = reclaim(&chain, opener, progress, publish);
+        report.reclaimed = reclaimed.doing(|| "reclaiming space after the rebase".to_owned())?;
+        chain = fresh.unwrap_or(chain);
+    }
+    Ok(Rebased { chain, report })
 }
 
 /// Rebases the overlay on top of `chain` (opened for writing) and returns the chain as it is
@@ -108,7 +164,7 @@ pub struct Report {
 /// is its own, whichever came first.
 /// An image that was not closed properly is repaired first.
 /// On an error the image is what it was, apart from clusters that it holds by itself now.
-pub fn rebase(
+pub(crate) fn rebase(
     chain: &Chain,
     opener: &Opener,
     request: &Request,

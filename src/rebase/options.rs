@@ -13,7 +13,7 @@ use crate::layer::{Format, Reference};
 
 /// What was asked for, as it was typed.
 #[derive(Clone, Debug, Default, Args)]
-pub struct Options {
+pub(crate) struct Options {
     /// The new backing file, as it is to stand in the header: relative to the image's directory;
     /// "" to have none any more
     #[arg(short, long, value_name = "FILE")]

@@ -10,6 +10,7 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// The step of a rebase that is under way.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 #[repr(u8)]
 pub enum Phase {
     /// Opening files, finding out what needs a look.

@@ -22,7 +22,7 @@ const PIECE: u64 = 256 << 10;
 /// `publish` is called once with the same chain and fresh tables, when the old ones lead to clusters
 /// that are about to be freed: it returns when nobody reads `chain` any more (invariant I4), or an
 /// error if it cannot wait for that. Then they are not freed, but leaked.
-pub fn reclaim(
+pub(crate) fn reclaim(
     chain: &Chain,
     opener: &Opener,
     progress: &Progress,

@@ -13,6 +13,7 @@ use crate::layer::{Content, Filled, GuestOffset, Missing, Overlay, Reference};
 
 /// A run of guest bytes that a rebase would let the overlay hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[non_exhaustive]
 pub struct Copied {
     /// First byte.
     pub start: GuestOffset,
@@ -22,8 +23,9 @@ pub struct Copied {
     pub is_zero: bool,
 }
 
-/// What a rebase would do.
+/// What a rebase would do, see [`SafeRebase::plan`](super::SafeRebase::plan).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Rehearsal {
     /// The figures that the rebase would report.
     pub report: Report,
@@ -36,7 +38,12 @@ pub struct Rehearsal {
 /// Finds out what [`rebase`](super::rebase) would do for a safe request, without writing. The
 /// overlay may be open for reading only. Refuses what the rebase would refuse, as far as that can be
 /// told before an image that was not closed properly is repaired.
-pub fn rehearse(chain: &Chain, opener: &Opener, request: &Request, progress: &Progress) -> Result<Rehearsal> {
+pub(crate) fn rehearse(
+    chain: &Chain,
+    opener: &Opener,
+    request: &Request,
+    progress: &Progress,
+) -> Result<Rehearsal> {
     let top = chain.top().ok_or_else(|| Error::invalid("there is no image to rebase"))?;
     // As it is now: an earlier rebase of this chain that was stopped has written to it.
     let image = super::qcow2_of(top)?.reopen()?;

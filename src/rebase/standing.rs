@@ -9,6 +9,7 @@ use super::Phase;
 
 /// How far it has come.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[non_exhaustive]
 pub struct Standing {
     /// The step that is under way.
     pub phase: Phase,
@@ -46,7 +47,7 @@ impl Standing {
     }
 
     /// The numbers as an object; those that are not known are `null`.
-    pub fn as_json(&self) -> Value {
+    pub(crate) fn as_json(&self) -> Value {
         let mut object = json!({
             "phase": self.phase.word(),
             "percent": self.percent(),

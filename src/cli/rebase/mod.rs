@@ -17,11 +17,11 @@ use super::options::{Opening, Output, Refused};
 use super::print;
 use super::progress::Showing;
 use super::stop::{self, Stop};
-use crate::chain::{Chain, Opener};
-use crate::error::{Context, Error, ErrorKind, Result};
+use crate::chain::Opener;
+use crate::error::{Error, ErrorKind, Result};
 use crate::file::{Access, CacheMode};
 use crate::layer::Format;
-use crate::rebase::{Mode, Options, Progress, Rehearsal, Request, rebase, reclaim, rehearse};
+use crate::rebase::{Mode, Options, Progress, Rebased, Rehearsal, Request, rebase_alone, rehearse};
 
 /// Give an image another backing file and keep every guest-visible byte
 ///
@@ -128,10 +128,7 @@ fn work_on(
 ) -> Result<Done> {
     let (began, options) = (Instant::now(), &arguments.options);
     let access = if options.dry_run { Access::ReadOnly } else { Access::ReadWrite };
-    let chain = match request.mode {
-        Mode::Safe => opener.chain(image, arguments.format, access)?,
-        Mode::Unsafe => Chain::new([opener.layer(image, arguments.format, access)?]),
-    };
+    let chain = request.open(opener, image, arguments.format, access)?;
     if options.dry_run {
         let found = rehearse(&chain, opener, request, progress)?;
         if let Some(file) = &arguments.svg {
@@ -141,11 +138,7 @@ fn work_on(
         return Ok(Done { found, took: began.elapsed(), sizes: None });
     }
     let before = report::size_on_disk(&chain)?;
-    let (chain, mut report) = rebase(&chain, opener, request, progress)?;
-    if options.reclaim {
-        let reclaimed = reclaim(&chain, opener, progress, |_| Ok(()));
-        report.reclaimed = reclaimed.doing(|| "reclaiming space after the rebase".to_owned())?;
-    }
+    let Rebased { chain, report } = rebase_alone(&chain, opener, request, progress)?;
     let found = Rehearsal { report, ..Rehearsal::default() };
     Ok(Done { found, took: began.elapsed(), sizes: Some((before, report::size_on_disk(&chain)?)) })
 }

@@ -4,17 +4,12 @@
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
-use std::time::Duration;
 
 use super::{Answer, Bytes, Command, Control, Done, Outcome, Running, State, Task, Writer, report};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::file::CacheMode;
-use crate::rebase::{Progress, Rehearsal, Report, look, rebase, reclaim, rehearse};
-
-/// How often to look whether the writer wants to stop.
-const WATCH: Duration = Duration::from_millis(100);
+use crate::rebase::{Progress, Rehearsal, Report, look, rebase, reclaim, rehearse, watched};
 
 impl Control {
     /// Starts the job that was asked for, or answers why not.
@@ -76,20 +71,14 @@ impl Control {
 
     /// Runs a rebase, and stops it when its writer wants to stop.
     fn watch(&self, job: &Running, writer: Writer) -> Result<Done> {
-        thread::scope(|scope| {
-            let (sender, receiver) = channel();
-            scope.spawn(move || sender.send(self.run(job)));
-            loop {
-                match receiver.recv_timeout(WATCH) {
-                    Ok(result) => return result,
-                    Err(RecvTimeoutError::Timeout) if writer.wants_to_stop() => job.progress.cancel(),
-                    Err(RecvTimeoutError::Timeout) => {}
-                    Err(RecvTimeoutError::Disconnected) => {
-                        return Err(Error::new(ErrorKind::Io, "the rebase broke off (this is a bug)"));
-                    }
+        watched(
+            || self.run(job),
+            || {
+                if writer.wants_to_stop() {
+                    job.progress.cancel();
                 }
-            }
-        })
+            },
+        )
     }
 
     fn run(&self, job: &Running) -> Result<Done> {

@@ -13,7 +13,7 @@ use crate::layer::{Format, Layer};
 
 /// Tells open chains apart: the same files, of the same size when they were opened, in the same formats.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
-pub struct ChainKey(Vec<LayerKey>);
+pub(crate) struct ChainKey(Vec<LayerKey>);
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct LayerKey {

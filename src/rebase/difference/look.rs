@@ -9,7 +9,12 @@ use crate::error::{Error, Result};
 
 /// Where what the overlay on top of `chain` stands on and what it is asked to stand on differ. Writes
 /// nothing; refuses what could not be its backing file.
-pub fn look(chain: &Chain, opener: &Opener, request: &Request, progress: &Progress) -> Result<Difference> {
+pub(crate) fn look(
+    chain: &Chain,
+    opener: &Opener,
+    request: &Request,
+    progress: &Progress,
+) -> Result<Difference> {
     let top = chain.top().ok_or_else(|| Error::invalid("there is no image that stands on anything"))?;
     qcow2_of(top)?;
     let new = Target::open(top, opener, request)?.chain;

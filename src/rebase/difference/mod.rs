@@ -12,8 +12,8 @@ mod shared;
 
 use std::collections::BTreeMap;
 
-pub use layers::ChainKey;
-pub use look::look;
+pub(crate) use layers::ChainKey;
+pub(crate) use look::look;
 pub use shared::Differences;
 
 use crate::layer::GuestOffset;
@@ -24,7 +24,7 @@ const MAX_RANGES: usize = 1 << 20;
 /// The guest bytes in which two chains may differ. Everywhere else they are equal, also beyond the
 /// ends of both, where there are zeros.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Difference {
+pub(crate) struct Difference {
     /// Start and end of each; in order, with gaps between them.
     ranges: Vec<(u64, u64)>,
 }

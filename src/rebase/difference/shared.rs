@@ -15,6 +15,38 @@ use crate::rebase::unchanged::LEAVE_ALONE;
 use crate::rebase::{Phase, Progress};
 
 /// Differences between chains, each found once for all who share this.
+///
+/// ```
+/// use std::sync::Arc;
+///
+/// use rebasefs::rebase::Differences;
+/// use rebasefs::{Progress, Rebase};
+/// # use rebasefs::file::LocalFile;
+/// # use rebasefs::layer::qcow2::create::{Spec, create};
+/// # use rebasefs::layer::{Format, Reference};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let directory = tempfile::tempdir()?;
+/// # let place = |name: &str| directory.path().join(name);
+/// # std::fs::write(place("old.img"), vec![0x11; 1 << 20])?;
+/// # std::fs::write(place("new.img"), [[0x22; 512 << 10], [0x11; 512 << 10]].concat())?;
+/// # let old = Some(Reference::new("old.img", Format::Raw));
+/// # let spec = Spec { size: 1 << 20, backing: old, ..Spec::default() };
+/// # let overlays = [place("a.qcow2"), place("b.qcow2")];
+/// # for overlay in &overlays {
+/// #     create(&LocalFile::create(overlay)?, None, &spec)?;
+/// # }
+/// let progress = Progress::default();
+/// let differences = Arc::new(Differences::new(progress.companion()));
+/// for overlay in &overlays {
+///     // Only the first reads old and new backing file from end to end.
+///     let done = Rebase::new(overlay).onto("new.img").sharing(&differences).run(&progress)?;
+///     println!("{}: {} bytes copied", overlay.display(), done.report.copied);
+/// #   assert_eq!((done.report.copied, done.report.compared), (512 << 10, 512 << 10));
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Default)]
 pub struct Differences {
     /// By old and new chain.
@@ -73,27 +105,27 @@ impl Differences {
     }
 
     /// Whether something was saved.
-    pub fn are_saved(&self) -> bool {
+    pub(crate) fn are_saved(&self) -> bool {
         self.saving.as_ref().is_some_and(|(_, saved)| !lock(saved).is_empty())
     }
 
     /// Whether nothing is found here, but looked up in a file.
-    pub fn is_loaded(&self) -> bool {
+    pub(crate) fn is_loaded(&self) -> bool {
         self.loaded.is_some()
     }
 
     /// Whether they come from a file or go into one: then they are asked for even by one rebase alone.
-    pub fn is_kept(&self) -> bool {
+    pub(crate) fn is_kept(&self) -> bool {
         self.loaded.is_some() || self.saving.is_some()
     }
 
     /// Bytes that were looked at to find them.
-    pub fn done(&self) -> u64 {
+    pub(crate) fn done(&self) -> u64 {
         lock(&self.progress).iter().map(|progress| progress.done()).sum()
     }
 
     /// How many were found; one that is being found counts by how far that has come.
-    pub fn found(&self) -> f64 {
+    pub(crate) fn found(&self) -> f64 {
         let is_over = |progress: &Progress| progress.phase() == Phase::Done;
         let found = |progress: &Progress| if is_over(progress) { 1.0 } else { progress.fraction() };
         lock(&self.progress).iter().map(|progress| found(progress)).sum()
@@ -104,7 +136,7 @@ impl Differences {
     /// # Errors
     /// One of the chains cannot be read, was written to since, or is not in the file that was loaded; or
     /// what was found cannot be saved.
-    pub fn between(&self, old: &Chain, new: &Chain) -> Result<Arc<Difference>> {
+    pub(crate) fn between(&self, old: &Chain, new: &Chain) -> Result<Arc<Difference>> {
         let keys = (ChainKey::of(old), ChainKey::of(new));
         if keys.0 == keys.1 {
             return Ok(Arc::default());
@@ -130,7 +162,7 @@ impl Differences {
 
     /// Closes the files of these chains, unless somebody else has them open. What was found is
     /// forgotten.
-    pub fn close(&self, old: &ChainKey, new: &ChainKey) {
+    pub(crate) fn close(&self, old: &ChainKey, new: &ChainKey) {
         lock(&self.known).remove(&(old.clone(), new.clone()));
     }
 

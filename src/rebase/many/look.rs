@@ -13,7 +13,7 @@ use crate::rebase::{ChainKey, Mode, Progress};
 
 /// What a look at the overlays found.
 #[derive(Debug, Default)]
-pub struct Looked {
+pub(crate) struct Looked {
     /// Overlays that can be rebased, by their place in the list; those with the same move together.
     pub(super) moves: Vec<(usize, Arc<Move>)>,
     /// Those that cannot.

@@ -13,8 +13,8 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-pub use look::Looked;
-pub use together::Together;
+pub(super) use look::Looked;
+pub(crate) use together::Together;
 
 use super::{ChainKey, Mode, Progress, Request};
 use crate::error::Result;
@@ -26,55 +26,8 @@ const PER_PROCESSOR: usize = 8;
 const MAX_AT_A_TIME: usize = 32;
 
 /// Overlays that are to get the same new backing file.
-///
-/// ```
-/// use std::sync::Arc;
-///
-/// use rebasefs::chain::Opener;
-/// use rebasefs::file::{Access, LocalFile};
-/// use rebasefs::layer::Reference;
-/// use rebasefs::layer::qcow2::create::{Spec, create};
-/// use rebasefs::rebase::{Differences, Many, Progress, Request, Together, rebase};
-///
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # let directory = tempfile::tempdir()?;
-/// # let place = |name: &str| directory.path().join(name);
-/// std::fs::write(place("old.img"), vec![0x11; 1 << 20])?;
-/// std::fs::write(place("new.img"), vec![0x22; 1 << 20])?;
-/// let named = |name: &str| Reference { name: name.into(), format: Some("raw".into()) };
-/// let spec = Spec { size: 1 << 20, backing: Some(named("old.img")), ..Spec::default() };
-/// let overlays = vec![place("a.qcow2"), place("b.qcow2")];
-/// for overlay in &overlays {
-///     create(&LocalFile::create(overlay)?, None, &spec)?;
-/// }
-///
-/// let (opener, progress) = (Opener::new(), Arc::new(Progress::default()));
-/// let differences = Arc::new(Differences::new(progress.companion()));
-/// let request = Request {
-///     backing: Some(named("new.img")),
-///     differences: Some(differences.clone()),
-///     ..Request::default()
-/// };
-/// let many = Many { overlays, format: None, request, at_a_time: Many::usual_number() };
-/// let looked = many.look(&opener, &progress)?;
-/// many.run(
-///     looked,
-///     &Together::new(many.overlays.len(), differences, progress.clone()),
-///     |overlay, request, progress| {
-///         let chain = opener.chain(&many.overlays[overlay], None, Access::ReadWrite)?;
-///         rebase(&chain, &opener, request, progress)
-///     },
-///     |overlay, result| {
-///         let (chain, report) = result.expect("it can be rebased");
-///         assert_eq!(chain.layers()[1].file().path(), place("new.img"));
-///         println!("{}: {} bytes copied", many.overlays[overlay].display(), report.copied);
-///     },
-/// );
-/// # Ok(())
-/// # }
-/// ```
 #[derive(Clone, Debug)]
-pub struct Many {
+pub(crate) struct Many {
     /// The overlays.
     pub overlays: Vec<PathBuf>,
     /// Their format; recognised if left out.

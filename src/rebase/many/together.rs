@@ -7,7 +7,7 @@ use crate::rebase::{Differences, Phase, Progress, Standing};
 
 /// The progress of many rebases.
 #[derive(Debug)]
-pub struct Together {
+pub(crate) struct Together {
     /// Stops all.
     all: Arc<Progress>,
     overlays: usize,
