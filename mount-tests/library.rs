@@ -112,7 +112,7 @@ fn a_reference_is_recorded_only_by_that_name() {
         image().onto("").run(&Progress::default()).unwrap_err(),
         image().record_only("").run().unwrap_err(),
     ] {
-        assert!(error.to_string().contains("needs a name"), "{error}");
+        assert!(error.to_string().contains("needs a name (`flatten` is a rebase onto none)"), "{error}");
     }
     s.check_clean("cow.qcow2");
 }
