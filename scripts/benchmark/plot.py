@@ -8,13 +8,14 @@ LEFT, WIDTH, RIGHT = 230, 560, 130  # names, the scale, figures
 TOP, LINE, BOTTOM = 110, 28, 46
 MOST_DECADES = 4  # beyond that, a dot stands at the edge, and its figure says where it belongs
 
+# Colours are written out: viewers other than browsers know no variables.
 STYLE = """
-:root{--page:#ffffff;--ink:#1f2328;--weak:#59636e;--line:#d9dee3;--fast:#0969da;--slow:#c2410c}
-@media (prefers-color-scheme:dark){:root{--page:#0d1117;--ink:#e6edf3;--weak:#9aa4af;--line:#2d343c;--fast:#4c9dff;--slow:#ff9d45}}
-.page{fill:var(--page)}text{fill:var(--ink);font:14px system-ui,sans-serif}.title{font-size:17px;font-weight:600}
-.weak{fill:var(--weak)}.small{font-size:12px}.end{text-anchor:end}.middle{text-anchor:middle}
-.scale{stroke:var(--line)}.one{stroke:var(--ink);stroke-dasharray:4 3}
-.fast{fill:var(--fast);stroke:var(--fast)}.slow{fill:var(--slow);stroke:var(--slow)}.span{stroke-width:4;stroke-opacity:.4;stroke-linecap:round}
+.page{fill:#ffffff}text{fill:#1f2328;font:14px system-ui,sans-serif}.title{font-size:17px;font-weight:600}
+.weak{fill:#59636e}.small{font-size:12px}.end{text-anchor:end}.middle{text-anchor:middle}
+.scale{stroke:#d9dee3}.one{stroke:#1f2328;stroke-dasharray:4 3}
+.fast{fill:#0969da;stroke:#0969da}.slow{fill:#c2410c;stroke:#c2410c}.span{stroke-width:4;stroke-opacity:.4;stroke-linecap:round}
+@media (prefers-color-scheme:dark){.page{fill:#0d1117}text{fill:#e6edf3}.weak{fill:#9aa4af}
+.scale{stroke:#2d343c}.one{stroke:#e6edf3}.fast{fill:#4c9dff;stroke:#4c9dff}.slow{fill:#ff9d45;stroke:#ff9d45}}
 """
 
 

@@ -25,16 +25,18 @@ const LOW: usize = 8;
 /// As many characters of a name fit beside the figures.
 const NAME: usize = 96;
 
+/// The colours of a light page, and those that a dark one has in their place. Written out: viewers other than
+/// browsers know no variables, and would draw all of it black.
 const STYLE: &str = "\
-:root{--page:#ffffff;--ink:#1f2328;--weak:#59636e;--empty:#e8ebef;--faint:#c3c9d0;\
---s0:#0969da;--s1:#e8710a;--s2:#1a8f5c;--s3:#a83fa8;--s4:#c9a300;--s5:#00a0b8;--s6:#8a4b22;--s7:#cf2a4f}
-@media (prefers-color-scheme:dark){:root{--page:#0d1117;--ink:#e6edf3;--weak:#9aa4af;--empty:#1d2229;--faint:#434b55;\
---s0:#4c9dff;--s1:#ff9d45;--s2:#3fc389;--s3:#d980d9;--s4:#e6c229;--s5:#35c9de;--s6:#c08457;--s7:#ff6b86}}
-.page{fill:var(--page)}text{fill:var(--ink);font:14px system-ui,sans-serif}.title{font-size:17px;font-weight:600}\
-.weak{fill:var(--weak)}.number{text-anchor:end;font-variant-numeric:tabular-nums}.small{font-size:12px}
-.empty{fill:var(--empty)}.faint{fill:var(--faint)}\
-.s0{fill:var(--s0)}.s1{fill:var(--s1)}.s2{fill:var(--s2)}.s3{fill:var(--s3)}\
-.s4{fill:var(--s4)}.s5{fill:var(--s5)}.s6{fill:var(--s6)}.s7{fill:var(--s7)}
+.page{fill:#ffffff}text{fill:#1f2328;font:14px system-ui,sans-serif}.title{font-size:17px;font-weight:600}
+.weak{fill:#59636e}.number{text-anchor:end;font-variant-numeric:tabular-nums}.small{font-size:12px}
+.empty{fill:#e8ebef}.faint{fill:#c3c9d0}\
+.s0{fill:#0969da}.s1{fill:#e8710a}.s2{fill:#1a8f5c}.s3{fill:#a83fa8}\
+.s4{fill:#c9a300}.s5{fill:#00a0b8}.s6{fill:#8a4b22}.s7{fill:#cf2a4f}
+@media (prefers-color-scheme:dark){.page{fill:#0d1117}text{fill:#e6edf3}.weak{fill:#9aa4af}\
+.empty{fill:#1d2229}.faint{fill:#434b55}\
+.s0{fill:#4c9dff}.s1{fill:#ff9d45}.s2{fill:#3fc389}.s3{fill:#d980d9}\
+.s4{fill:#e6c229}.s5{fill:#35c9de}.s6{fill:#c08457}.s7{fill:#ff6b86}}
 ";
 
 pub(super) fn document(picture: &Picture) -> String {
