@@ -4,7 +4,7 @@
 use std::io::{self, Read};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use super::point::{self, Entry};
@@ -51,8 +51,13 @@ pub fn unmount(mountpoint: &Path, manner: Manner) -> Result<()> {
         (Manner::Wait, Some(Ok(status))) => server(&status),
         _ => None,
     };
-    let output = unmounting(&real, manner).output();
-    let output = output.map_err(|e| Error::io(e, "cannot run the program that unmounts").hint(INSTALL))?;
+    let program = if sys::effective_ids().0 == 0 { "umount" } else { "fusermount3" };
+    let mut output = unmounting(program, &real, manner)?;
+    // Where a root directory has no /etc/mtab, as debootstrap makes it, fusermount3 mounts but does not
+    // unmount; umount, which also knows whose mount it is, does.
+    if !output.status.success() && String::from_utf8_lossy(&output.stderr).contains("mtab") {
+        output = unmounting("umount", &real, manner)?;
+    }
     if !output.status.success() {
         return Err(refused(&String::from_utf8_lossy(&output.stderr), mountpoint));
     }
@@ -79,17 +84,15 @@ fn real(mountpoint: &Path) -> Result<PathBuf> {
 }
 
 /// Only root may unmount by himself; fusermount3 lets others unmount what is theirs.
-fn unmounting(real: &Path, manner: Manner) -> Command {
-    let is_root = sys::effective_ids().0 == 0;
-    let mut command = Command::new(if is_root { "umount" } else { "fusermount3" });
-    command.args((!is_root).then_some("-u"));
-    command.args(match (manner, is_root) {
-        (Manner::Wait, _) => None,
-        (Manner::Lazy, true) => Some("-l"),
-        (Manner::Lazy, false) => Some("-z"),
-    });
-    command.arg("--").arg(real);
-    command
+fn unmounting(program: &str, real: &Path, manner: Manner) -> Result<Output> {
+    let options: &[&str] = match (program, manner) {
+        ("umount", Manner::Wait) => &[],
+        ("umount", Manner::Lazy) => &["-l"],
+        (_, Manner::Wait) => &["-u"],
+        (_, Manner::Lazy) => &["-u", "-z"],
+    };
+    let output = Command::new(program).args(options).arg("--").arg(real).output();
+    output.map_err(|e| Error::io(e, "cannot run the program that unmounts").hint(INSTALL))
 }
 
 fn refused(said: &str, mountpoint: &Path) -> Error {
