@@ -25,7 +25,7 @@ pub(super) struct Arguments {
 enum What {
     /// Write a manual page for the program and each command into a directory
     Man {
-        /// The directory
+        /// The directory, which is made if it is missing
         #[arg(value_name = "DIR")]
         directory: PathBuf,
     },
@@ -40,7 +40,8 @@ enum What {
 pub(super) fn run(arguments: Arguments, mut command: clap::Command) -> Result<ExitCode> {
     match arguments.what {
         What::Man { directory } => {
-            clap_mangen::generate_to(command, &directory)
+            std::fs::create_dir_all(&directory)
+                .and_then(|()| clap_mangen::generate_to(command, &directory))
                 .map_err(|e| Error::io(e, "cannot write the manual pages").path(&directory))?;
         }
         What::Completions { shell } => {

@@ -42,9 +42,9 @@ pub(super) struct Arguments {
     /// Format of the image [default: recognised from the file]
     #[arg(short, long, value_name = "FORMAT", value_parser = |name: &str| Format::from_name(name))]
     format: Option<Format>,
-    /// Mount options, as for mount(8): allow_other, ro, fsname=NAME, …; and, for fstab, format=, log=,
+    /// Mount options, as for mount(8): allow_other, ro, fsname=NAME and others; for fstab, also format=, log=,
     /// threads=, force_share, guess_formats, writable (--rw), growable (--rw --grow)
-    #[arg(short, long = "options", value_name = "OPTION,…")]
+    #[arg(short, long = "options", value_name = "OPTION,...")]
     options: Vec<Words>,
     /// Let disk.raw be written: into the image, copy-on-write. It is locked as long as it is mounted
     #[arg(long)]
