@@ -29,6 +29,7 @@ mod picture;
 mod progress;
 mod random_chain;
 mod reading;
+mod readme;
 mod real_input;
 mod rebase;
 mod repair;
