@@ -208,6 +208,27 @@ fn users_unmount_where_there_is_no_mtab() {
     }
 }
 
+/// A chroot that is made for the program may have neither /dev/null nor any other program.
+#[test]
+fn root_needs_nothing_but_dev_fuse() {
+    let scratch = image();
+    let program = rebasefs();
+    for lazy in ["", "--lazy"] {
+        let script = format!(
+            "mount -t tmpfs none /dev && mknod /dev/fuse c 10 229 && {program} mount cow.qcow2 mnt\n\
+             PATH=/nowhere {program} umount {lazy} mnt\n\
+             ! grep -F $PWD/mnt /proc/mounts\n"
+        );
+        scratch.write("script", script.as_bytes());
+        scratch.ok("unshare", "--mount sh -e script");
+    }
+    let mounted = Mounted::new(&scratch, "cow.qcow2");
+    let open = std::fs::File::open(mounted.path("disk.raw")).unwrap();
+    let said = scratch.run("env", &format!("PATH=/nowhere {program} umount cow.qcow2.mnt")).stderr;
+    assert!(said.contains("busy") && said.contains("--lazy"), "{said}");
+    drop(open);
+}
+
 /// The program, where others than root may execute it.
 fn readable_program(scratch: &Scratch) -> String {
     let copy = scratch.path("rebasefs");

@@ -184,7 +184,8 @@ fn serve(mount: Mount, mut parent: PipeWriter, log: Option<&File>) -> Result<Exi
 
 /// Lets go of the terminal and of the current directory. Messages go to `log`, if there is one.
 fn detach(log: Option<&File>) -> io::Result<()> {
-    let null = File::options().read(true).write(true).open("/dev/null")?;
+    // A chroot may have no /dev/null. A directory swallows messages as well: it cannot be written to.
+    let null = File::options().read(true).write(true).open("/dev/null").or_else(|_| File::open("/"))?;
     let messages = log.unwrap_or(&null);
     sys::redirect(null.as_fd(), 0)?;
     sys::redirect(null.as_fd(), 1)?;

@@ -51,16 +51,7 @@ pub fn unmount(mountpoint: &Path, manner: Manner) -> Result<()> {
         (Manner::Wait, Some(Ok(status))) => server(&status),
         _ => None,
     };
-    let program = if sys::effective_ids().0 == 0 { "umount" } else { "fusermount3" };
-    let mut output = unmounting(program, &real, manner)?;
-    // Where a root directory has no /etc/mtab, as debootstrap makes it, fusermount3 mounts but does not
-    // unmount; umount, which also knows whose mount it is, does.
-    if !output.status.success() && String::from_utf8_lossy(&output.stderr).contains("mtab") {
-        output = unmounting("umount", &real, manner)?;
-    }
-    if !output.status.success() {
-        return Err(refused(&String::from_utf8_lossy(&output.stderr), mountpoint));
-    }
+    let_go(&real, manner, mountpoint)?;
     match server {
         Some((number, process)) => wait(number, &process, mountpoint),
         None => Ok(()),
@@ -83,16 +74,39 @@ fn real(mountpoint: &Path) -> Result<PathBuf> {
     })
 }
 
-/// Only root may unmount by himself; fusermount3 lets others unmount what is theirs.
-fn unmounting(program: &str, real: &Path, manner: Manner) -> Result<Output> {
+/// Has the kernel let go of a mount. Only root may do so by himself; fusermount3 lets others unmount what
+/// is theirs.
+fn let_go(real: &Path, manner: Manner, mountpoint: &Path) -> Result<()> {
+    let is_root = sys::effective_ids().0 == 0;
+    let mut output = run(if is_root { "umount" } else { "fusermount3" }, real, manner);
+    // Where a root directory has no /etc/mtab, as debootstrap makes it, fusermount3 mounts but does not
+    // unmount; umount, which also knows whose mount it is, does.
+    if output.as_ref().is_ok_and(|output| String::from_utf8_lossy(&output.stderr).contains("mtab")) {
+        output = run("umount", real, manner);
+    }
+    match output {
+        Ok(output) if output.status.success() => Ok(()),
+        Ok(output) => Err(refused(&String::from_utf8_lossy(&output.stderr), mountpoint)),
+        // Where there is no umount either, as in a chroot for this program alone, none is needed.
+        Err(e) if is_root && e.kind() == io::ErrorKind::NotFound => {
+            let unmounted = match manner {
+                Manner::Wait => sys::unmount(real),
+                Manner::Lazy => sys::detach_mount(real),
+            };
+            unmounted.map_err(|e| refused(&e.to_string(), mountpoint))
+        }
+        Err(e) => Err(Error::io(e, "cannot run the program that unmounts").hint(INSTALL)),
+    }
+}
+
+fn run(program: &str, real: &Path, manner: Manner) -> io::Result<Output> {
     let options: &[&str] = match (program, manner) {
         ("umount", Manner::Wait) => &[],
         ("umount", Manner::Lazy) => &["-l"],
         (_, Manner::Wait) => &["-u"],
         (_, Manner::Lazy) => &["-u", "-z"],
     };
-    let output = Command::new(program).args(options).arg("--").arg(real).output();
-    output.map_err(|e| Error::io(e, "cannot run the program that unmounts").hint(INSTALL))
+    Command::new(program).args(options).arg("--").arg(real).output()
 }
 
 fn refused(said: &str, mountpoint: &Path) -> Error {
