@@ -133,9 +133,15 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let left = "findmnt -rno TARGET | grep \"^$PWD/\" | tac | xargs -r umount -l
-                    losetup -nO NAME,BACK-FILE | grep \" $PWD/\" | cut -d ' ' -f 1 | xargs -r losetup -d";
-        self.0.run_args("bash", &["-c", left]);
+        // Lists that do not write a space otherwise, as the raw ones of findmnt do.
+        let mounts = "findmnt -lno TARGET | grep \"^$PWD/\"";
+        let devices = "losetup -nlO NAME,BACK-FILE | grep \" $PWD/\"";
+        let left = format!(
+            "{mounts} | tac | xargs -rd '\\n' umount -l; {devices} | cut -d ' ' -f 1 | xargs -r losetup -d
+             for _ in {{1..200}}; do {mounts} || {devices} || exit 0; sleep 0.05; done; exit 1"
+        );
+        let Ended { code, stdout, stderr } = self.0.run_args("bash", &["-c", &left]);
+        assert!(code == Some(0) || std::thread::panicking(), "is left: {stdout}{stderr}");
     }
 }
 
