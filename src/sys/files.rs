@@ -1,0 +1,94 @@
+//! Calls on open files: holes, space, caches, and the flags to open with.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+use super::{check, signed};
+
+/// What `fallocate(2)` is asked for.
+pub mod fallocate {
+    use libc::{FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE};
+
+    /// The file does not grow.
+    pub const KEEP_SIZE: i32 = FALLOC_FL_KEEP_SIZE;
+    /// Zeros that take no space.
+    pub const PUNCH_HOLE: i32 = FALLOC_FL_PUNCH_HOLE;
+    /// Zeros.
+    pub const ZERO_RANGE: i32 = FALLOC_FL_ZERO_RANGE;
+}
+
+/// The ways to look for data and holes with `lseek(2)`.
+pub mod whence {
+    pub use libc::{SEEK_DATA, SEEK_HOLE};
+}
+
+/// `open(2)` flags for images: a FIFO or a device without a medium must not block the open, and
+/// no program that we start inherits the descriptor.
+pub const OPEN_IMAGE: i32 = libc::O_NONBLOCK | libc::O_CLOEXEC | libc::O_NOCTTY;
+
+/// `open(2)`: past the page cache.
+pub const O_DIRECT: i32 = libc::O_DIRECT;
+
+/// `open(2)`: every write is durable when it returns.
+pub const O_DSYNC: i32 = libc::O_DSYNC;
+
+fn seek(file: &File, offset: u64, whence: libc::c_int) -> io::Result<Option<u64>> {
+    // SAFETY: the descriptor is open for as long as `file` is borrowed; lseek touches no memory.
+    let found = unsafe { libc::lseek(file.as_raw_fd(), signed(offset)?, whence) };
+    if let Ok(found) = u64::try_from(found) {
+        return Ok(Some(found));
+    }
+    match io::Error::last_os_error() {
+        e if e.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+        e => Err(e),
+    }
+}
+
+/// The first offset at or after `offset` that holds data (`SEEK_DATA`), `None` if none follows.
+pub fn seek_data(file: &File, offset: u64) -> io::Result<Option<u64>> {
+    seek(file, offset, libc::SEEK_DATA)
+}
+
+/// The first offset at or after `offset` that lies in a hole (`SEEK_HOLE`; the end of the file
+/// counts as one), `None` if `offset` lies beyond the end.
+pub fn seek_hole(file: &File, offset: u64) -> io::Result<Option<u64>> {
+    seek(file, offset, libc::SEEK_HOLE)
+}
+
+/// Gives `[offset, offset + length)` space on the file system, where need be by reading and writing
+/// (`posix_fallocate`).
+pub fn allocate(file: &File, offset: u64, length: u64) -> io::Result<()> {
+    let (offset, length) = (signed(offset)?, signed(length)?);
+    if length == 0 {
+        return Ok(());
+    }
+    // SAFETY: the descriptor is open for as long as `file` is borrowed; no memory is passed.
+    match unsafe { libc::posix_fallocate(file.as_raw_fd(), offset, length) } {
+        0 => Ok(()),
+        errno => Err(io::Error::from_raw_os_error(errno)),
+    }
+}
+
+/// Frees the blocks of `[offset, offset + length)`; the range reads as zeros, the size stays.
+pub fn punch_hole(file: &File, offset: u64, length: u64) -> io::Result<()> {
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    let (offset, length) = (signed(offset)?, signed(length)?);
+    // SAFETY: the descriptor is open for as long as `file` is borrowed; no memory is passed.
+    check(unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, length) }).map(drop)
+}
+
+/// Begins to write back what the page cache holds of a file, and does not wait for it.
+pub fn start_writing_back(file: &File) -> io::Result<()> {
+    // SAFETY: the descriptor is open for as long as `file` is borrowed; no memory is passed.
+    check(unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, libc::SYNC_FILE_RANGE_WRITE) }).map(drop)
+}
+
+/// Drops the clean pages of a file from the page cache.
+pub fn drop_cache(file: &File) -> io::Result<()> {
+    // SAFETY: the descriptor is open for as long as `file` is borrowed; no memory is passed.
+    match unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) } {
+        0 => Ok(()),
+        errno => Err(io::Error::from_raw_os_error(errno)),
+    }
+}
