@@ -9,6 +9,11 @@ use crate::scratch::Ended;
 const MOUNT: &str = "mkdir mnt; rebasefs mount cow.qcow2 mnt";
 const NOBODY: &str = "setpriv --reuid 65534 --regid 65534 --clear-groups";
 
+/// QEMU has an image open, whose options follow, until the case was tried; and the wait until it has.
+const HOLD: &str =
+    "(echo read 0 512; until test -e tried; do sleep 0.05; done) 2> later | stdbuf -oL qemu-io > held 2>&1";
+const HELD: &str = "until grep -q 'read 512/512' held; do sleep 0.05; done";
+
 /// Prints the words.
 const TOLD: &str = "sed -n 's/^error: //p; s/^refused: //p' mnt/ctl/status 2> /dev/null";
 
@@ -38,17 +43,17 @@ const CASES: &[Case] = &[
     ("ELOOP", "qemu-img create -q -f qcow2 -b cow.qcow2 -F qcow2 new.qcow2; MOUNT",
         "echo new.qcow2 > mnt/ctl/backing", "while opening layer 1 of the chain (named by "),
     ("ELOOP", "MOUNT", "echo mnt/disk.raw > mnt/ctl/backing", "mnt/disk.raw: lies inside this mount"),
-    ("EBUSY", "MOUNT; qemu-io -r -f qcow2 -c 'sleep 3000' cow.qcow2 > held 2>&1 & until fuser cow.qcow2 2>&1 | grep -q '[0-9] .*[0-9]'; do sleep 0.05; done; sleep 0.3",
+    ("EBUSY", "MOUNT; HOLD -r -f qcow2 cow.qcow2 & HELD",
         "echo new.raw > mnt/ctl/backing", "cow.qcow2: is in use by another process"),
-    ("EBUSY", "qemu-io -f raw -c 'sleep 3000' new.raw > held 2>&1 & MOUNT; until fuser -s new.raw; do sleep 0.05; done; sleep 0.3",
+    ("EBUSY", "MOUNT; HOLD -f raw new.raw & HELD",
         "echo new.raw > mnt/ctl/backing", "new.raw: is open for writing in another process"),
     // A server that is stopped has the new backing file: the rebase waits for it.
     ("EBUSY", "mkdir slow; qemu-img convert -f raw -O qcow2 new.raw slow.qcow2; rebasefs mount slow.qcow2 slow; MOUNT
-        server=$(sed -n 's/^server: //p' slow/ctl/status); kill -STOP $server; (sleep 1; kill -CONT $server) > later 2>&1 &
+        server=$(sed -n 's/^server: //p' slow/ctl/status); kill -STOP $server; (until test -e tried; do sleep 0.05; done; kill -CONT $server) > later 2>&1 &
         (echo $PWD/slow/disk.raw > mnt/ctl/backing) > first 2>&1 & until grep -q '^state: running' mnt/ctl/status; do sleep 0.02; done",
         "echo new.raw > mnt/ctl/backing", "busy: rebase onto"),
     // The first write to the overlay takes long enough for somebody to write to the backing file.
-    ("EBUSY", "MOUNT; strace -f -qq -o traced -e trace=pwrite64 -e inject=pwrite64:delay_enter=300ms -p $(sed -n 's/^server: //p' mnt/ctl/status) > attached 2>&1 &
+    ("EBUSY", "MOUNT; strace -f -qq -o traced -e trace=pwrite64 -e inject=pwrite64:delay_enter=1s -p $(sed -n 's/^server: //p' mnt/ctl/status) > attached 2>&1 &
         until grep -q 'TracerPid:.[1-9]' /proc/$(sed -n 's/^server: //p' mnt/ctl/status)/status; do sleep 0.05; done
         (until grep -q '^phase: copy' mnt/ctl/status; do :; done; touch -d '+1 hour' new.raw) > touched 2>&1 &",
         "echo new.raw > mnt/ctl/backing", "): has changed while it was being compared"),
@@ -97,7 +102,7 @@ fn each_line_of_the_table_of_error_numbers_is_what_a_user_meets() {
 }
 
 fn try_it((errno, given, typed, words): &Case, promised: &[(&str, &str)]) -> Result<(), String> {
-    let words_for = [("MOUNT", MOUNT), ("NOBODY", NOBODY), ("TOLD", TOLD)];
+    let words_for = [("MOUNT", MOUNT), ("NOBODY", NOBODY), ("TOLD", TOLD), ("HOLD", HOLD), ("HELD", HELD)];
     let expand =
         |text: &str| words_for.iter().fold(text.to_owned(), |text, (word, is)| text.replace(word, is));
     let place = Place::new(old_and_new());
@@ -107,6 +112,7 @@ fn try_it((errno, given, typed, words): &Case, promised: &[(&str, &str)]) -> Res
     let before = header();
     let Ended { code, stdout: status, stderr: printed } =
         place.bash(&expand(&format!("{typed} || {{ TOLD || true; exit 1; }}")));
+    place.does("touch tried")?;
     let (_, text) = promised.iter().find(|promise| promise.0 == *errno).unwrap();
     let is_right = code == Some(1) && printed.ends_with(&format!(": {text}\n")) && status.contains(words);
     match is_right && header() == before {

@@ -138,7 +138,7 @@ impl Drop for Place {
         let devices = "losetup -nlO NAME,BACK-FILE | grep \" $PWD/\"";
         let left = format!(
             "{mounts} | tac | xargs -rd '\\n' umount -l; {devices} | cut -d ' ' -f 1 | xargs -r losetup -d
-             for _ in {{1..200}}; do {mounts} || {devices} || exit 0; sleep 0.05; done; exit 1"
+             for _ in {{1..2400}}; do {mounts} || {devices} || exit 0; sleep 0.05; done; exit 1"
         );
         let Ended { code, stdout, stderr } = self.0.run_args("bash", &["-c", &left]);
         assert!(code == Some(0) || std::thread::panicking(), "is left: {stdout}{stderr}");

@@ -43,7 +43,7 @@ fn objects_for_programs_go_up_steadily_and_end_at_the_total() {
     s.qemu_img("snapshot -c one cow.qcow2");
     let script = "$R rebase --progress=json --output=json --verify --reclaim -b new cow.qcow2 2>told >came
                   jq -c . told";
-    let told = slowly(&s, 15, script).stdout;
+    let told = slowly(&s, 40, script).stdout;
     let objects: Vec<Value> = told.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     steady(&objects);
     // Known when the plan is made, and the same until the end: 2 MiB are compared, verified in two
@@ -67,7 +67,7 @@ fn many_overlays_share_one_count_that_never_runs_backwards() {
         s.qemu_img(&format!("create -q -f qcow2 -b other -F raw {name}2"));
     }
     let script = "$R rebase --jobs 2 --progress=json -b new a b c a2 b2 c2 2>told >came; jq -c . told";
-    let told = slowly(&s, 5, script).stdout;
+    let told = slowly(&s, 20, script).stdout;
     let objects: Vec<Value> = told.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     steady(&objects);
     let last = objects.last().unwrap();
@@ -78,7 +78,7 @@ fn many_overlays_share_one_count_that_never_runs_backwards() {
 fn on_a_terminal(s: &Scratch, columns: u32, line: &str) -> Vec<String> {
     let line = format!("stty rows 24 cols {columns}; {line}");
     let script = format!("export R TERM=xterm; script -qec '{}' /dev/null", line.replace("$R", "'\"$R\"'"));
-    let sent = slowly(s, 15, &script).stdout;
+    let sent = slowly(s, 40, &script).stdout;
     sent.split(['\r', '\n']).map(str::to_owned).collect()
 }
 
@@ -103,15 +103,16 @@ fn a_terminal_shows_a_bar_that_fits_and_is_gone_when_it_is_done() {
     assert!(sent.iter().all(String::is_empty), "{sent:?}");
 }
 
+/// When the lines come is held by tests of the program itself, with a clock of their own.
 #[test]
-fn who_does_not_watch_a_terminal_gets_a_line_now_and_then() {
+fn without_a_terminal_there_is_a_line_now_and_then() {
     let s = scratch();
-    let said = slowly(&s, 1, "$R rebase -b new cow.qcow2 2>&1 >came").stdout;
-    assert_eq!(said, "", "nothing where it is over soon");
-    let said = slowly(&s, 350, "$R rebase --verify -b old cow.qcow2 2>&1 >came").stdout;
+    let said = slowly(&s, 350, "$R rebase --verify -b new cow.qcow2 2>&1 >came").stdout;
     let lines: Vec<&str> = said.lines().collect();
-    assert!((1..5).contains(&lines.len()), "{said}");
-    assert!(lines[0].starts_with("rebasefs: ") && lines[0].contains(" %, "), "{said}");
+    assert!(!lines.is_empty());
+    for line in lines {
+        assert!(line.starts_with("rebasefs: ") && line.contains(" %, "), "{said}");
+    }
 }
 
 /// Of 6 MiB the overlay holds 2 MiB, the first of which `new` has as well; 2 MiB of zeros in both.

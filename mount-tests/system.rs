@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::Mutex;
 
-use crate::mounted::{Mounted, is_mounted, open_dev_fuse};
+use crate::mounted::{Mounted, SOON, is_mounted, open_dev_fuse};
 use crate::scratch::{Scratch, rebasefs};
 
 const HELPER: &str = "/sbin/mount.fuse.rebasefs";
@@ -271,7 +271,7 @@ fn a_service_says_when_its_mount_stands() {
     let scratch = image();
     open_dev_fuse();
     let manager = UnixDatagram::bind(scratch.path("notify")).unwrap();
-    manager.set_read_timeout(Some(std::time::Duration::from_secs(20))).unwrap();
+    manager.set_read_timeout(Some(SOON)).unwrap();
     let mut server = Command::new(rebasefs())
         .args(["mount", "--foreground", "cow.qcow2", "mnt"])
         .current_dir(scratch.path("."))

@@ -80,9 +80,7 @@ impl Showing {
             Form::Bar => Box::new(Bar::new()),
             Form::Qemu => Box::new(Qemu),
             Form::Json => Box::new(Json { last: None }),
-            Form::Lines | Form::Auto => {
-                Box::new(Lines { next: Instant::now() + FIRST_LINE, pause: FIRST_LINE })
-            }
+            Form::Lines | Form::Auto => Box::new(Lines::since(Instant::now())),
         };
         let (stop, stopped) = mpsc::channel::<()>();
         std::thread::scope(|scope| {
@@ -157,11 +155,25 @@ struct Lines {
     pause: Duration,
 }
 
+impl Lines {
+    fn since(start: Instant) -> Self {
+        Self { next: start + FIRST_LINE, pause: FIRST_LINE }
+    }
+
+    /// Whether it is time for a line, after which the next one waits twice as long.
+    fn is_due(&mut self, now: Instant) -> bool {
+        if now < self.next {
+            return false;
+        }
+        self.pause = (self.pause * 2).min(RARELY);
+        self.next += self.pause;
+        true
+    }
+}
+
 impl Show for Lines {
     fn now(&mut self, standing: &Standing) {
-        if Instant::now() >= self.next {
-            self.pause = (self.pause * 2).min(RARELY);
-            self.next += self.pause;
+        if self.is_due(Instant::now()) {
             print::complain(&format!("rebasefs: {}", line(standing)));
         }
     }
@@ -224,6 +236,14 @@ mod tests {
         for (milliseconds, words) in cases {
             assert_eq!(time(Duration::from_millis(milliseconds)), words);
         }
+    }
+
+    #[test]
+    fn lines_come_more_and_more_rarely_and_none_where_it_is_over_soon() {
+        let start = Instant::now();
+        let mut lines = Lines::since(start);
+        let due: Vec<u64> = (0..300).filter(|&s| lines.is_due(start + Duration::from_secs(s))).collect();
+        assert_eq!(due, [5, 15, 35, 75, 135, 195, 255]);
     }
 
     #[test]
