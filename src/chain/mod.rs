@@ -19,6 +19,7 @@ use std::sync::Arc;
 pub use extents::Extents;
 pub use map::MapEntry;
 pub(crate) use name::{is_inside, resolve};
+pub(crate) use open::place_of;
 pub use open::{Guess, MAX_DEPTH, Opener};
 pub(crate) use payload::Payloads;
 pub(crate) use watch::{Change, Watch, Way};

@@ -14,8 +14,11 @@ use crate::layer::{Format, Reference};
 /// Where a reference leads.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Location {
-    /// The file.
+    /// The file, as it is called: by the path of the image that names it.
     pub path: PathBuf,
+    /// The file, as it is to be opened: from the directory of the image that names it. Of a file that a
+    /// person names, from the current directory.
+    pub name: PathBuf,
     /// The file if QEMU is right, which reads some relative names from the current directory and
     /// not from that of the image; `None` where both rules agree.
     pub from_current_directory: Option<PathBuf>,
@@ -27,7 +30,7 @@ impl Location {
     /// The file that a person named.
     pub fn typed(path: &Path, format: Option<Format>) -> Self {
         let format = format.map(|format| format.to_string());
-        Self { path: path.to_owned(), from_current_directory: None, format }
+        Self { path: path.to_owned(), name: path.to_owned(), from_current_directory: None, format }
     }
 }
 
@@ -59,7 +62,8 @@ fn beside(image: &Path, path: PathBuf, qemu_looks_elsewhere: bool) -> Location {
     let directory = image.parent().unwrap_or(Path::new(""));
     let here = directory.join(&path);
     let differs = qemu_looks_elsewhere && here != path;
-    Location { path: here, from_current_directory: differs.then_some(path), format: None }
+    let from_current_directory = differs.then(|| path.clone());
+    Location { path: here, name: path, from_current_directory, format: None }
 }
 
 /// The path that a stored name stands for.

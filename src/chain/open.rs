@@ -4,13 +4,14 @@
 //! that names further files. Layers that two chains share are opened once.
 
 use std::collections::HashMap;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use super::Chain;
 use super::name::{self, Location};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::file::{Access, CacheMode, HostFile, Identity, LocalFile, Lock};
+use crate::file::{Access, CacheMode, Directory, HostFile, Identity, LocalFile, Lock};
 use crate::layer::qcow2::table::TableCache;
 use crate::layer::qcow2::{Preamble, Qcow2};
 use crate::layer::{Format, Layer, Raw, Reference};
@@ -101,10 +102,28 @@ impl Default for Opener {
 /// One step of a chain that is being opened.
 struct Step {
     location: Location,
+    /// The directory of the image that names the file; `None` where that is the current one.
+    from: Option<Arc<Directory>>,
     access: Access,
     cache: CacheMode,
     /// Whether a person named the file, not an image.
     is_typed: bool,
+    /// Whether its directory is wanted later: names that it is going to hold are relative to that.
+    keeps_directory: bool,
+}
+
+impl Step {
+    /// The first of a chain, by the name that a person gives it.
+    fn typed(path: &Path, format: Option<Format>, access: Access, cache: CacheMode) -> Self {
+        let location = Location::typed(path, format);
+        Self { location, from: None, access, cache, is_typed: true, keeps_directory: true }
+    }
+}
+
+/// A file that was found, in the directory where it is.
+struct Found {
+    file: Arc<dyn HostFile>,
+    directory: Arc<Directory>,
 }
 
 impl Opener {
@@ -162,8 +181,7 @@ impl Opener {
     /// # Errors
     /// As [`Chain::open`].
     pub fn chain(&self, path: &Path, format: Option<Format>, access: Access) -> Result<Chain> {
-        let location = Location::typed(path, format);
-        self.walk(Step { location, access, cache: self.caching.0, is_typed: true }, None)
+        self.walk(Step::typed(path, format, access, self.caching.0), None)
     }
 
     /// Opens one image, without what is below it.
@@ -173,9 +191,8 @@ impl Opener {
         format: Option<Format>,
         access: Access,
     ) -> Result<Arc<dyn Layer>> {
-        let location = Location::typed(path, format);
-        let step = Step { location, access, cache: self.caching.0, is_typed: true };
-        self.layer_in(self.open_file(&step)?, &step)
+        let step = Step::typed(path, format, access, self.caching.0);
+        self.layer_in(&self.find_file(&step)?, &step)
     }
 
     /// Opens the chain that begins with the file that a person gives as backing file of the image
@@ -184,12 +201,39 @@ impl Opener {
     /// # Errors
     /// As [`Chain::open`]; also a chain that contains the overlay.
     pub fn backing_chain(&self, overlay: &Path, backing: Option<&Reference>) -> Result<Chain> {
+        let directory = Directory::of(overlay, None).map(|(directory, _)| Arc::new(directory));
+        // An overlay that does not exist yet can be part of no chain.
+        self.chain_under(overlay, directory, Identity::of(overlay).ok(), backing)
+    }
+
+    /// The same for an overlay that is open: the name is looked for where that was found, whatever its path
+    /// leads to now.
+    pub(crate) fn chain_below(&self, overlay: &dyn HostFile, backing: Option<&Reference>) -> Result<Chain> {
+        let directory = match overlay.directory() {
+            Some(directory) => Ok(directory.clone()),
+            None => Directory::of(overlay.path(), None).map(|(directory, _)| Arc::new(directory)),
+        };
+        self.chain_under(overlay.path(), directory, Some(overlay.identity()), backing)
+    }
+
+    /// `overlay` is only what the image is called; `above` is what it is.
+    fn chain_under(
+        &self,
+        overlay: &Path,
+        directory: io::Result<Arc<Directory>>,
+        above: Option<Identity>,
+        backing: Option<&Reference>,
+    ) -> Result<Chain> {
         let Some(backing) = backing else { return Ok(Chain::default()) };
         let location = name::resolve(overlay, backing)?;
+        let from = match directory {
+            Ok(directory) => Some(directory),
+            Err(_) if location.name.is_absolute() => None,
+            Err(e) => return Err(Error::io(e, "cannot open the directory of the image").path(overlay)),
+        };
         let directory = overlay.parent().unwrap_or(Path::new(""));
-        // An overlay that does not exist yet can be part of no chain.
-        let above = Identity::of(overlay).ok();
-        let first = Step { location, access: Access::ReadOnly, cache: self.caching.1, is_typed: true };
+        let (access, cache) = (Access::ReadOnly, self.caching.1);
+        let first = Step { location, from, access, cache, is_typed: true, keeps_directory: false };
         self.walk(first, above).doing(|| {
             match Path::new(&backing.name).is_relative() && !directory.as_os_str().is_empty() {
                 true => format!(
@@ -209,7 +253,7 @@ impl Opener {
         let mut next = Some(first);
         while let Some(step) = next {
             let depth = layers.len();
-            let layer = match layers.last() {
+            let (layer, directory) = match layers.last() {
                 None => self.walk_step(&step, depth, &mut seen)?,
                 Some(above) => self.walk_step(&step, depth, &mut seen).doing(|| {
                     format!("opening layer {depth} of the chain (named by {})", above.file().path().display())
@@ -220,9 +264,11 @@ impl Opener {
                 Some(reference) => Some(Step {
                     location: name::resolve(layer.file().path(), reference)
                         .doing(|| format!("opening layer {} of the chain", depth + 1))?,
+                    from: Some(directory),
                     access: Access::ReadOnly,
                     cache: self.caching.1,
                     is_typed: false,
+                    keeps_directory: false,
                 }),
             };
             layers.push(layer);
@@ -230,17 +276,19 @@ impl Opener {
         Ok(Chain::new(layers))
     }
 
-    /// Opens one layer, unless the chain would become a loop or too long by it.
+    /// Opens one layer, unless the chain would become a loop or too long by it; also the directory where it
+    /// was found.
     fn walk_step(
         &self,
         step: &Step,
         depth: usize,
         seen: &mut HashMap<Identity, Option<usize>>,
-    ) -> Result<Arc<dyn Layer>> {
-        let file = self.open_file(step)?;
+    ) -> Result<(Arc<dyn Layer>, Arc<Directory>)> {
+        let found = self.find_file(step)?;
+        let file = &found.file;
         let what = match seen.insert(file.identity(), Some(depth)) {
             _ if depth == MAX_DEPTH => format!("the chain has more than {MAX_DEPTH} layers"),
-            None => return self.layer_in(file, step),
+            None => return self.layer_in(&found, step).map(|layer| (layer, found.directory)),
             Some(None) => "is the overlay itself: the chain would be a loop".to_owned(),
             Some(Some(earlier)) => {
                 format!("is layer {earlier} of its own chain already: the chain is a loop")
@@ -250,27 +298,34 @@ impl Opener {
         Err(error.hint("another file is needed: `rebasefs info --backing-chain FILE` shows the chain of one"))
     }
 
-    fn open_file(&self, step: &Step) -> Result<Arc<dyn HostFile>> {
-        let path = choose(&step.location)?;
-        let file: Arc<dyn HostFile> = Arc::new(LocalFile::open(path, step.access, step.cache)?);
-        self.refuse_own_mount(&*file)?;
-        Ok(file)
+    fn find_file(&self, step: &Step) -> Result<Found> {
+        let (from, name, path) = choose(&step.location, step.from.as_deref())?;
+        let directory = Directory::of(name, from);
+        let (directory, name) = directory.map_err(|e| Error::io(e, "cannot open").path(path))?;
+        let mut file = LocalFile::open_in(&directory, name, path, step.access, step.cache)?;
+        self.refuse_own_mount(&file)?;
+        let directory = Arc::new(directory);
+        if step.keeps_directory {
+            file.keep(directory.clone());
+        }
+        Ok(Found { file: Arc::new(file), directory })
     }
 
-    /// The layer that `file` holds, which is dropped again where a chain has the layer open.
-    fn layer_in(&self, file: Arc<dyn HostFile>, step: &Step) -> Result<Arc<dyn Layer>> {
+    /// The layer in a file that was found, which is dropped again where a chain has the layer open.
+    fn layer_in(&self, found: &Found, step: &Step) -> Result<Arc<dyn Layer>> {
+        let Found { file, directory } = found;
         let format = match &step.location.format {
             Some(name) => Format::from_name(name).path(file.path())?,
-            None => self.recognise(&*file, step.is_typed)?,
+            None => self.recognise(&**file, step.is_typed)?,
         };
         if step.access == Access::ReadWrite {
-            return self.open_layer(file, format, step.cache);
+            return self.open_layer(file, directory, format, step.cache);
         }
         let (key, identity) = ((file.path().to_owned(), format), file.identity());
         if let Some(layer) = self.find_open(&key).filter(|layer| layer.file().identity() == identity) {
             return Ok(layer);
         }
-        let layer = self.open_layer(file, format, step.cache)?;
+        let layer = self.open_layer(file, directory, format, step.cache)?;
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         open.insert(key, Arc::downgrade(&layer));
         Ok(layer)
@@ -310,7 +365,8 @@ impl Opener {
 
     fn open_layer(
         &self,
-        file: Arc<dyn HostFile>,
+        file: &Arc<dyn HostFile>,
+        directory: &Directory,
         format: Format,
         cache: CacheMode,
     ) -> Result<Arc<dyn Layer>> {
@@ -318,28 +374,32 @@ impl Opener {
             file.lock(Lock::Read)?;
         }
         match format {
-            Format::Raw => Ok(Arc::new(Raw::open(file))),
+            Format::Raw => Ok(Arc::new(Raw::open(file.clone()))),
             Format::Qcow2 => {
-                let preamble = Preamble::read(&*file)?;
+                let preamble = Preamble::read(&**file)?;
                 let data_file = match preamble.data_file().path(file.path())? {
                     None => None,
-                    Some(reference) => Some(self.open_data_file(&*file, &reference, cache)?),
+                    Some(reference) => Some(self.open_data_file((&**file, directory), &reference, cache)?),
                 };
-                Ok(Arc::new(Qcow2::open(file, data_file, preamble, self.tables.clone())?))
+                Ok(Arc::new(Qcow2::open(file.clone(), data_file, preamble, self.tables.clone())?))
             }
         }
     }
 
     fn open_data_file(
         &self,
-        image: &dyn HostFile,
+        (image, directory): (&dyn HostFile, &Directory),
         reference: &Reference,
         cache: CacheMode,
     ) -> Result<Arc<dyn HostFile>> {
         let doing = || format!("opening external data file '{}'", reference.name.display());
         let location = name::resolve_data_file(image.path(), reference).doing(doing)?;
-        let path = choose(&location).doing(doing)?;
-        let file = LocalFile::open(path, image.access(), cache).doing(doing)?;
+        let (from, name, path) = choose(&location, Some(directory)).doing(doing)?;
+        let file = match Directory::of(name, from) {
+            Ok((place, name)) => LocalFile::open_in(&place, name, path, image.access(), cache),
+            Err(e) => Err(Error::io(e, "cannot open").path(path)),
+        };
+        let file = file.doing(doing)?;
         self.refuse_own_mount(&file).doing(doing)?;
         if file.identity() == image.identity() {
             let what = "names itself as its external data file";
@@ -352,11 +412,25 @@ impl Opener {
     }
 }
 
-/// Which of the two places that a name can mean is meant: ours, or the one where QEMU looks.
-fn choose(location: &Location) -> Result<&Path> {
-    let ours = &location.path;
-    let Some(theirs) = &location.from_current_directory else { return Ok(ours) };
-    match (Identity::of(ours), Identity::of(theirs)) {
+/// The path by which what the image at `image` names is found: by that path, whatever is open.
+///
+/// # Errors
+/// It is no local file, or its name can mean two.
+pub(crate) fn place_of(image: &Path, reference: &Reference) -> Result<PathBuf> {
+    let location = name::resolve(image, reference)?;
+    choose(&location, None).map(|(_, _, path)| path.to_owned())
+}
+
+/// Which of the two places that a name can mean is meant, ours in the directory `from`, or the one where QEMU
+/// looks: where it is opened from, by which name, and what it is called.
+fn choose<'a>(
+    location: &'a Location,
+    from: Option<&'a Directory>,
+) -> Result<(Option<&'a Directory>, &'a Path, &'a Path)> {
+    let (ours, name): (&Path, &Path) = (&location.path, &location.name);
+    let Some(theirs) = &location.from_current_directory else { return Ok((from, name, ours)) };
+    let here = from.map_or_else(|| Identity::of(ours), |directory| directory.identity_of(name));
+    match (here, Identity::of(theirs)) {
         (Ok(one), Ok(other)) if one != other => {
             let what = format!(
                 "its name can also mean {} in the current directory, which is where QEMU looks, and that is another file",
@@ -367,8 +441,8 @@ fn choose(location: &Location) -> Result<&Path> {
         }
         (Err(_), Ok(_)) => {
             log::warn!("{}: not found; taking {} in the current directory", ours.display(), theirs.display());
-            Ok(theirs)
+            Ok((None, theirs, theirs))
         }
-        _ => Ok(ours),
+        _ => Ok((from, name, ours)),
     }
 }

@@ -6,10 +6,10 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::direct::Direct;
-use super::{Access, CacheMode, HostFile, HostOffset, Identity, Lock, Place, Run, Stamp, lock};
+use super::{Access, CacheMode, Directory, HostFile, HostOffset, Identity, Lock, Place, Run, Stamp, lock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::{self, fiemap};
 
@@ -18,6 +18,7 @@ use crate::sys::{self, fiemap};
 pub struct LocalFile {
     path: PathBuf,
     file: File,
+    directory: Option<Arc<Directory>>,
     access: Access,
     identity: Identity,
     /// Bytes. Kept here, so that a read can tell "beyond the end" from "was cut short".
@@ -36,16 +37,32 @@ impl LocalFile {
     /// # Errors
     /// There is no such file, it is of another kind, or the operating system does not let us.
     pub fn open(path: &Path, access: Access, cache: CacheMode) -> Result<Self> {
+        let named = Directory::of(path, None);
+        let (directory, name) = named.map_err(|e| Error::io(e, "cannot open").path(path))?;
+        Self::open_in(&directory, name, path, access, cache)
+    }
+
+    /// The same for a file that has this name in a directory. Errors call it `path`.
+    pub(crate) fn open_in(
+        directory: &Directory,
+        name: &Path,
+        path: &Path,
+        access: Access,
+        cache: CacheMode,
+    ) -> Result<Self> {
         // Looked at first: merely opening a FIFO or a tape can have an effect.
-        let metadata = std::fs::metadata(path).map_err(|e| Error::io(e, "cannot open").path(path))?;
+        let looked_at = directory.open(name, sys::O_PATH).and_then(|file| file.metadata());
+        let metadata = looked_at.map_err(|e| Error::io(e, "cannot open").path(path))?;
         refuse_other_types(&metadata).map_err(|e| e.path(path))?;
-        let file = OpenOptions::new()
-            .read(true)
-            .write(access == Access::ReadWrite)
-            .custom_flags(sys::OPEN_IMAGE | cache.open_flags())
-            .open(path)
-            .map_err(|e| Error::io(e, cannot_open(access)).path(path))?;
+        let mode = if access == Access::ReadWrite { sys::O_RDWR } else { sys::O_RDONLY };
+        let file = directory.open(name, mode | sys::OPEN_IMAGE | cache.open_flags());
+        let file = file.map_err(|e| Error::io(e, cannot_open(access)).path(path))?;
         Self::from_file(file, path.to_owned(), access, cache)
+    }
+
+    /// Keeps the directory open that it was found in.
+    pub(crate) fn keep(&mut self, directory: Arc<Directory>) {
+        self.directory = Some(directory);
     }
 
     /// Creates `path`, or empties it if it exists and no other process uses it. A block device
@@ -76,15 +93,12 @@ impl LocalFile {
         let metadata = file.metadata().map_err(describe)?;
         // Again, on what was really opened: the name may lead elsewhere by now.
         refuse_other_types(&metadata).map_err(|e| e.path(&path))?;
-        let size = if metadata.file_type().is_block_device() {
-            (&file).seek(SeekFrom::End(0)).map_err(describe)?
-        } else {
-            metadata.len()
-        };
+        let size = size_of(&file, &metadata).map_err(describe)?;
         let identity = Identity::of_metadata(&metadata);
         Ok(Self {
             path,
             file,
+            directory: None,
             access,
             identity,
             size: AtomicU64::new(size),
@@ -142,12 +156,19 @@ impl Identity {
         std::fs::metadata(path).map(|metadata| Self::of_metadata(&metadata))
     }
 
-    fn of_metadata(metadata: &Metadata) -> Self {
+    pub(super) fn of_metadata(metadata: &Metadata) -> Self {
         if metadata.file_type().is_block_device() {
             Self { device: 0, inode: metadata.rdev() }
         } else {
             Self { device: metadata.dev(), inode: metadata.ino() }
         }
+    }
+}
+
+fn size_of(mut file: &File, metadata: &Metadata) -> io::Result<u64> {
+    match metadata.file_type().is_block_device() {
+        true => file.seek(SeekFrom::End(0)),
+        false => Ok(metadata.len()),
     }
 }
 
@@ -188,6 +209,10 @@ impl HostFile for LocalFile {
         &self.path
     }
 
+    fn directory(&self) -> Option<&Arc<Directory>> {
+        self.directory.as_ref()
+    }
+
     fn identity(&self) -> Identity {
         self.identity
     }
@@ -198,6 +223,12 @@ impl HostFile for LocalFile {
 
     fn size(&self) -> u64 {
         self.size.load(Ordering::Acquire)
+    }
+
+    fn take_size_anew(&self) -> Result<()> {
+        let size = self.file.metadata().and_then(|metadata| size_of(&self.file, &metadata));
+        self.size.store(size.map_err(|e| self.failed(e, "cannot tell its size", 0))?, Ordering::Release);
+        Ok(())
     }
 
     fn stamp(&self) -> Result<Stamp> {

@@ -6,6 +6,7 @@
 mod buffer;
 mod cache;
 mod direct;
+mod directory;
 mod local;
 mod lock;
 mod stamp;
@@ -13,9 +14,11 @@ mod stamp;
 use std::fmt;
 use std::os::fd::BorrowedFd;
 use std::path::Path;
+use std::sync::Arc;
 
 pub(crate) use buffer::AlignedBuffer;
 pub use cache::CacheMode;
+pub use directory::Directory;
 pub use local::LocalFile;
 pub use lock::Lock;
 pub use stamp::Stamp;
@@ -101,6 +104,11 @@ pub trait HostFile: fmt::Debug + Send + Sync {
     /// The name under which it was opened.
     fn path(&self) -> &Path;
 
+    /// The directory that it was found in, if that is held open: what it names relative to itself is there.
+    fn directory(&self) -> Option<&Arc<Directory>> {
+        None
+    }
+
     /// What makes it this file and no other.
     fn identity(&self) -> Identity;
 
@@ -109,6 +117,14 @@ pub trait HostFile: fmt::Debug + Send + Sync {
 
     /// Its length in bytes: as it was when opened, and as we have changed it since.
     fn size(&self) -> u64;
+
+    /// Takes note of the length that others have given it. Nobody may write to it through this meanwhile.
+    ///
+    /// # Errors
+    /// The file system does not answer.
+    fn take_size_anew(&self) -> Result<()> {
+        Ok(())
+    }
 
     /// What it looks like now, whoever has changed it.
     ///

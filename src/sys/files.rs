@@ -1,8 +1,11 @@
 //! Calls on open files: holes, space, caches, and the flags to open with.
 
+use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 use super::{check, signed};
 
@@ -26,6 +29,28 @@ pub mod whence {
 /// `open(2)` flags for images: a FIFO or a device without a medium must not block the open, and
 /// no program that we start inherits the descriptor.
 pub const OPEN_IMAGE: i32 = libc::O_NONBLOCK | libc::O_CLOEXEC | libc::O_NOCTTY;
+
+/// `open(2)`: to see what is there, without opening it.
+pub const O_PATH: i32 = libc::O_PATH;
+
+/// `open(2)`: a directory, or nothing.
+pub const O_DIRECTORY: i32 = libc::O_DIRECTORY;
+
+/// `open(2)`: for reading, or for reading and writing.
+pub const O_RDONLY: i32 = libc::O_RDONLY;
+pub const O_RDWR: i32 = libc::O_RDWR;
+
+/// Opens what `path` leads to from `directory`, or from the current directory without one. A path that is
+/// absolute leads where it leads. No program that we start inherits it.
+pub fn open_at(directory: Option<BorrowedFd<'_>>, path: &Path, flags: i32) -> io::Result<File> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let directory = directory.map_or(libc::AT_FDCWD, |directory| directory.as_raw_fd());
+    // SAFETY: the path is a C string that outlives the call, and the directory is open as long as it is
+    // borrowed. Without O_CREAT there is no further argument.
+    let opened = check(unsafe { libc::openat(directory, path.as_ptr(), flags | libc::O_CLOEXEC) })?;
+    // SAFETY: it has just been opened, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(opened) }.into())
+}
 
 /// `open(2)`: past the page cache.
 pub const O_DIRECT: i32 = libc::O_DIRECT;
