@@ -47,6 +47,9 @@ const CASES: &[Case] = &[
         "echo new.raw > mnt/ctl/backing", "cow.qcow2: is in use by another process"),
     ("EBUSY", "MOUNT; HOLD -f raw new.raw & HELD",
         "echo new.raw > mnt/ctl/backing", "new.raw: is open for writing in another process"),
+    ("EBUSY", "mkdir mnt; rebasefs mount -U cow.qcow2 mnt; rebasefs rebase -q -b new.raw cow.qcow2",
+        "echo base.raw > mnt/ctl/backing", "cow.qcow2: another process has written to it: it names 'new.raw' (raw) as its backing file now"),
+    ("EBUSY", "MOUNT; cp cow.qcow2 copy; mv copy cow.qcow2", "echo new.raw > mnt/ctl/backing", "cow.qcow2: its path leads to another file by now"),
     // A server that is stopped has the new backing file: the rebase waits for it.
     ("EBUSY", "mkdir slow; qemu-img convert -f raw -O qcow2 new.raw slow.qcow2; rebasefs mount slow.qcow2 slow; MOUNT
         server=$(sed -n 's/^server: //p' slow/ctl/status); kill -STOP $server; (until test -e tried; do sleep 0.05; done; kill -CONT $server) > later 2>&1 &

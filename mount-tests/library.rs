@@ -98,9 +98,9 @@ fn a_reference_is_recorded_only_by_that_name() {
     let s = drawn();
     let image = || Rebase::new(s.path("cow.qcow2"));
     let backing = || open(&s).top().unwrap().backing().cloned();
-    let error = image().record_only(Reference::new("moved", Format::Raw)).run().unwrap_err();
-    assert!(error.kind() == ErrorKind::NotFound && error.to_string().contains("--force"), "{error}");
-    let chain = image().record_only(Reference::new("moved", Format::Raw)).force().run().unwrap();
+    let error = image().record_only("moved").run().unwrap_err();
+    assert!(error.kind() == ErrorKind::NotFound && error.to_string().contains("with its format"), "{error}");
+    let chain = image().record_only(Reference::new("moved", Format::Raw)).run().unwrap();
     assert!(chain.broken_off().is_some_and(|why| why.contains("moved")), "{chain:?}");
     drop(chain);
     std::fs::rename(s.path("old"), s.path("moved")).unwrap();

@@ -245,6 +245,17 @@ fn a_backing_file_that_somebody_writes_is_refused() {
 }
 
 #[test]
+fn a_loop_is_seen_also_where_somebody_writes_to_a_file_of_it() {
+    let s = old_and_new();
+    s.qemu_img("create -q -f qcow2 -b cow.qcow2 -F qcow2 above.qcow2");
+    let _writer = Qemu::opens(&s, "-f raw above.qcow2");
+    let image = std::fs::read(s.path("cow.qcow2")).unwrap();
+    let said = s.rebasefs_fails(1, "rebase -u -b above.qcow2 -F qcow2 cow.qcow2");
+    assert!(said.contains("is the overlay itself"), "{said}");
+    assert!(std::fs::read(s.path("cow.qcow2")).unwrap() == image);
+}
+
+#[test]
 fn a_backing_file_that_others_only_read_stays_shared() {
     let s = old_and_new();
     s.qemu_img("create -q -f qcow2 -b base.raw -F raw other.qcow2");
@@ -267,6 +278,12 @@ fn an_external_data_file_is_locked_with_its_image() {
     we_are_refused(&s, REBASE, "data.raw", "is open for writing in");
     we_are_refused(&s, "info cow.qcow2", "data.raw", "is open for writing in");
     drop(writer);
+    // QEMU's raw readers do not mind a writer; ours do.
+    let reader = Mounted::new(&s, "data.raw");
+    we_are_refused(&s, "check -r all cow.qcow2", "data.raw", "is in use by");
+    we_are_refused(&s, REBASE, "data.raw", "is in use by");
+    reader.unmount();
+    s.rebasefs("check -r all cow.qcow2");
     let mounted = Mounted::new(&s, "cow.qcow2");
     qemu_is_refused(&s, "-f raw data.raw");
     mounted.rebase("new.raw").unwrap();

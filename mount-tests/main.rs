@@ -22,6 +22,7 @@ mod library;
 mod locks;
 mod many;
 mod map;
+mod meanwhile;
 mod memory_file;
 mod mount;
 mod mounted;

@@ -213,7 +213,7 @@ fn unsafe_mode_changes_the_reference_only() {
     assert_eq!(backing_of(&scratch, "cow.qcow2"), (Some("moved".into()), Some("raw".into())));
     assert_eq!(held(&scratch, "cow.qcow2"), "-d");
     scratch.check_clean("cow.qcow2");
-    scratch.rebasefs("rebase -u --force -b not-yet-there -F raw cow.qcow2");
+    scratch.rebasefs("rebase -u -b not-yet-there -F raw cow.qcow2");
     assert_eq!(backing_of(&scratch, "cow.qcow2").0, Some("not-yet-there".into()));
 }
 

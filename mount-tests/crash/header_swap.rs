@@ -63,7 +63,7 @@ fn no_power_cut_leaves_anything_but_the_old_or_the_new_reference() {
                 Some(backing) => rebase.record_only(backing.clone()),
                 None => rebase.record_none(),
             };
-            if let Err(error) = rebase.force().run() {
+            if let Err(error) = rebase.run() {
                 assert_eq!(error.kind(), ErrorKind::NoSpace, "{options}: {error}");
                 assert!(file.log().is_empty());
                 refused += 1;

@@ -5,10 +5,15 @@ use std::path::{Path, PathBuf};
 use super::{Case, TABLES, cases};
 
 /// Hints that come where no line of a table can lead, and the test that has their words.
-const HELD: [(&str, &str); 5] = [
+const HELD: [(&str, &str); 7] = [
     ("start it again: what was copied already is not copied twice", "mount-tests/terminal.rs"),
     ("start it again: what was dropped already is dropped", "mount-tests/interrupted.rs"),
     ("nobody may write to a backing file; when nobody does, start it again", "mount-tests/changed.rs"),
+    (
+        "nobody may move the files of a chain meanwhile; when nobody does, start it again",
+        "mount-tests/meanwhile.rs",
+    ),
+    ("open it anew, and mount it again if it is mounted", "mount-tests/meanwhile.rs"),
     ("`flatten` is a rebase onto none", "mount-tests/library.rs"),
     ("`rebasefs check -r leaks IMAGE` frees it when the image is not mounted", "src/mount/image.rs"),
 ];

@@ -30,7 +30,7 @@ fn an_overlay_that_stands_on_another_one_of_the_list() {
     let make = "qemu-img create -f qcow2 -b o1 -F qcow2 upper";
     is_refused(&[make], "rebase -b new o0 upper o1", &["upper stands on o1"]);
     let middle = "qemu-img create -f qcow2 -b upper -F qcow2 uppermost";
-    is_refused(&[make, middle], "rebase -u -b new -F raw o1 uppermost", &["uppermost stands on o1"]);
+    is_refused(&[make, middle], "rebase -b new -F raw o1 uppermost", &["uppermost stands on o1"]);
     // On its external data file.
     let with_data = "qemu-img create -f qcow2 -o data_file=data -b old -F raw x";
     let on_data = "qemu-img create -f qcow2 -b data -F raw y";

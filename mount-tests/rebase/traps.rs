@@ -95,7 +95,7 @@ fn trap_10_a_qcow2_file_called_raw_is_warned_of_in_unsafe_mode_and_harmless_in_s
     scratch.qemu_img("convert -O qcow2 old base.qcow2");
     rebase_keeps_everything(&scratch, "-b base.qcow2 -F raw", &["old", "base.qcow2"]);
     scratch.qemu_img("create -q -f qcow2 -b old -F raw cow.qcow2");
-    let said = warned(&scratch, "rebase -u -b base.qcow2 -F raw cow.qcow2");
+    let said = warned(&scratch, "-v rebase -u -b base.qcow2 -F raw cow.qcow2");
     assert!(said.contains("base.qcow2: looks like a disk image, but is taken for raw as asked"), "{said}");
     assert!(said.contains("is that the same disk?"), "{said}");
     // QEMU does the same without a word, and this is what the guest gets.
@@ -103,29 +103,75 @@ fn trap_10_a_qcow2_file_called_raw_is_warned_of_in_unsafe_mode_and_harmless_in_s
 }
 
 #[test]
-fn trap_11_a_relative_name_that_leads_to_nothing_is_recorded_only_if_forced() {
+fn trap_11_the_name_alone_is_recorded_whatever_it_leads_to_as_qemu_does() {
     let scratch = three("compat=1.1", "11", "22", "--");
+    scratch.write("no-image.qcow2", b"none");
+    scratch.ok("mkdir", "directory");
+    let fresh = read(&scratch, "cow.qcow2");
+    for (name, format) in [
+        ("missing.img", "raw"),
+        ("no/such/place.img", "qcow2"),
+        ("/no/such/base.img", "raw"),
+        ("./a:b", "raw"),
+        ("nbd://host/export", "raw"),
+        ("no-image.qcow2", "qcow2"),
+        ("directory", "raw"),
+        ("new", "raw"),
+    ] {
+        let line = format!("rebase -u -b {name} -F {format} cow.qcow2");
+        let recorded = |program: &str| {
+            scratch.write("cow.qcow2", &fresh);
+            let Ended { code, stdout, stderr } = scratch.run(program, &line);
+            // Nobody is told: the standard error is no terminal.
+            assert_eq!((code, stdout.as_str(), stderr.as_str()), (Some(0), "", ""), "{program} {line}");
+            stored_backing(&read(&scratch, "cow.qcow2"))
+        };
+        let expected = (name.as_bytes().to_vec(), Some(format.as_bytes().to_vec()));
+        assert_eq!((recorded(rebasefs()), recorded("qemu-img")), (expected.clone(), expected), "{line}");
+        scratch.write("cow.qcow2", &fresh);
+        let said = warned(&scratch, &format!("-v {line}"));
+        assert_eq!(said.contains("nothing could be verified"), name != "new", "{line}: {said}");
+    }
+    // Without a format both refuse; and what is read must be there.
+    scratch.write("cow.qcow2", &fresh);
+    for name in ["missing.img", "/no/such/missing.img"] {
+        let line = format!("rebase -u -b {name} cow.qcow2");
+        assert!(scratch.rebasefs_fails(1, &line).contains("give it with `-F FORMAT`"));
+        assert_eq!(scratch.run("qemu-img", &line).code, Some(1));
+    }
+    let said = scratch.rebasefs_fails(1, "rebase -b missing.img -F raw cow.qcow2");
+    assert!(said.contains("No such file or directory"), "{said}");
+    assert!(fresh == read(&scratch, "cow.qcow2"));
+}
+
+/// The name of the backing file and its format, as the header of an image stores them.
+fn stored_backing(image: &[u8]) -> (Vec<u8>, Option<Vec<u8>>) {
+    let number = |at: usize| u32::from_be_bytes(image[at..at + 4].try_into().unwrap()) as usize;
+    // No name lies beyond the first 4 GiB.
+    let (name, mut at) = (number(12), number(100));
+    while number(at) != 0 && number(at) != 0xe279_2aca {
+        at += 8 + number(at + 4).next_multiple_of(8);
+    }
+    let format = (number(at) != 0).then(|| image[at + 8..at + 8 + number(at + 4)].to_vec());
+    (image[name..name + number(16)].to_vec(), format)
+}
+
+#[test]
+fn a_name_that_is_recorded_makes_no_loop() {
+    let scratch = three("compat=1.1", "11", "22", "--");
+    scratch.qemu_img("create -q -f qcow2 -b cow.qcow2 -F qcow2 middle.qcow2");
+    scratch.qemu_img("create -q -f qcow2 -b middle.qcow2 -F qcow2 above.qcow2");
     let before = read(&scratch, "cow.qcow2");
-    for arguments in ["-b missing.img -F raw", "-u -b missing.img -F raw", "-u -b no/such/place.img -F raw"] {
-        let said = scratch.rebasefs_fails(1, &format!("rebase {arguments} cow.qcow2"));
-        assert!(said.contains("No such file or directory"), "{said}");
-        assert_eq!(said.contains("--force"), arguments.contains("-u"), "{said}");
+    for more in ["", "-U "] {
+        let line = format!("rebase {more}-u -b above.qcow2 -F qcow2 cow.qcow2");
+        assert!(scratch.rebasefs_fails(1, &line).contains("is the overlay itself"));
     }
-    let said = scratch.rebasefs_fails(1, "rebase --force -b missing.img -F raw cow.qcow2");
-    assert!(said.contains("a safe rebase reads the new backing file"), "{said}");
-    for arguments in ["-u -b missing.img", "-u --force -b missing.img", "-u -b /no/such/missing.img"] {
-        let said = scratch.rebasefs_fails(1, &format!("rebase {arguments} cow.qcow2"));
-        assert!(said.contains("give it with `-F FORMAT`"), "{said}");
+    // The name alone is asked for: of many, also of those that stand on each other.
+    scratch.rebasefs("rebase -u -b gone -F raw cow.qcow2 middle.qcow2");
+    for image in ["cow.qcow2", "middle.qcow2"] {
+        assert_eq!(backing_of(&scratch, image), (Some("gone".into()), Some("raw".into())));
     }
-    assert!(before == read(&scratch, "cow.qcow2"));
-    // As QEMU does always.
-    let said = warned(&scratch, "rebase -u --force -b missing.img -F raw cow.qcow2");
-    assert!(said.contains("missing.img") && said.contains("nothing could be verified"), "{said}");
-    assert_eq!(backing_of(&scratch, "cow.qcow2"), (Some("missing.img".into()), Some("raw".into())));
-    // An absolute name may be that of another machine.
-    let said = warned(&scratch, "rebase -u -b /no/such/base.img -B raw cow.qcow2");
-    assert!(said.contains("/no/such/base.img") && said.contains("nothing could be verified"), "{said}");
-    assert_eq!(backing_of(&scratch, "cow.qcow2"), (Some("/no/such/base.img".into()), Some("raw".into())));
+    assert!(before != read(&scratch, "cow.qcow2"));
 }
 
 #[test]
@@ -236,14 +282,14 @@ fn trap_20_without_a_name_no_backing_file_is_removed() {
 fn an_unsafe_rebase_warns_of_a_disk_of_another_size() {
     let scratch = three("compat=1.1", "11 11 11", "22 22 22", "-- -- --");
     scratch.draw_raw("short", CLUSTER, "11 11");
-    assert_eq!(warned(&scratch, "rebase -u -b new -F raw cow.qcow2"), "");
-    let said = warned(&scratch, "rebase -u -b short -F raw cow.qcow2");
+    assert_eq!(warned(&scratch, "-v rebase -u -b new -F raw cow.qcow2"), "");
+    let said = warned(&scratch, "-v rebase -u -b short -F raw cow.qcow2");
     assert!(said.contains("short: has 131072 bytes, but the old backing file"), "{said}");
     assert!(said.contains("new has 196608: is that the same disk?"), "{said}");
     // The old one is gone: it can be compared with the image only.
     scratch.rebasefs("rebase -u -b new -F raw cow.qcow2");
     std::fs::remove_file(scratch.path("new")).unwrap();
-    let said = warned(&scratch, "rebase -u -b short -F raw cow.qcow2");
+    let said = warned(&scratch, "-v rebase -u -b short -F raw cow.qcow2");
     assert!(said.contains("short: has 131072 bytes, fewer than the image with 196608"), "{said}");
 }
 

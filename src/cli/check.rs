@@ -3,18 +3,20 @@
 use std::fmt::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
 use serde_json::{Map, Value};
 
 use super::options::{self, Opening, Output, Refused};
 use super::print::{complain, print, print_json};
-use crate::error::{Context, Error, Result};
-use crate::file::{Access, CacheMode, Lock};
-use crate::layer::qcow2::Qcow2;
+use crate::chain::{Chain, Opener};
+use crate::error::{Error, Result};
+use crate::file::{Access, CacheMode};
 use crate::layer::qcow2::check::{CheckReport, check};
 use crate::layer::qcow2::repair::{self, Repaired};
 use crate::layer::{Format, Layer};
+use crate::rebase::{Below, ForWriting};
 
 /// Exit code for a format that has nothing to check.
 const NOT_SUPPORTED: u8 = 63;
@@ -94,7 +96,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
     };
     let outcome = match arguments.repair {
         None => Outcome { left: check(image)?, ..Outcome::default() },
-        Some(what) => repaired(image, what)?,
+        Some(what) => repaired(&layer, &opener, what)?,
     };
     outcome.messages().for_each(|message| complain(message));
     match arguments.output {
@@ -122,10 +124,10 @@ impl Outcome {
     }
 }
 
-fn repaired(image: &Qcow2, what: Repair) -> Result<Outcome> {
-    image.file().lock(Lock::Write).doing(|| "locking the image for writing".to_owned())?;
-    // As it is now: another process may have written to it until it was locked.
-    let repaired = repair::repair(&image.reopen()?, what.into())?;
+fn repaired(layer: &Arc<dyn Layer>, opener: &Opener, what: Repair) -> Result<Outcome> {
+    let alone = Chain::new([layer.clone()]);
+    let own = ForWriting::open(&alone, opener, Below::Ignored)?;
+    let repaired = repair::repair(&own.image, what.into())?;
     let (leaks_fixed, corruptions_fixed) = (repaired.leaks_fixed(), repaired.corruptions_fixed());
     let Repaired { found, left, notes } = repaired;
     let before = if found == left { Vec::new() } else { found.messages };

@@ -2,13 +2,14 @@
 //! way for them, as it does for all that is printed.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 
 use anstream::{AutoStream, ColorChoice};
 use env_logger::{Builder, Env, Target, TimestampPrecision, WriteStyle};
 
 use super::progress;
+use crate::rebase::UNVERIFIED;
 
 /// What is told with no, one, two and more `-v`. fuser warns that it could not unmount what `umount`
 /// has unmounted already.
@@ -36,10 +37,28 @@ impl Time {
     }
 }
 
+/// Whether it is told what could not be verified of a name that is only to be recorded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Unverified {
+    Told,
+    /// A program reads the standard error, and has asked for nothing to be looked at.
+    Untold,
+}
+
+impl Unverified {
+    /// As the standard error demands it.
+    pub(super) fn on_a_terminal() -> Self {
+        if io::stderr().is_terminal() { Self::Told } else { Self::Untold }
+    }
+}
+
 /// Messages go to the standard error from now on. `-v` counts more than `RUST_LOG`.
-pub(super) fn start(verbose: u8, time: Time) {
+pub(super) fn start(verbose: u8, time: Time, unverified: Unverified) {
     let level = LEVELS[usize::from(verbose).min(LEVELS.len() - 1)];
     let mut builder = match verbose {
+        0 if unverified == Unverified::Untold => {
+            Builder::from_env(Env::default().default_filter_or(format!("{level},{UNVERIFIED}=off")))
+        }
         0 => Builder::from_env(Env::default().default_filter_or(level)),
         _ => Builder::new(),
     };

@@ -29,7 +29,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys;
 use helper::Called;
-use messages::Time;
+use messages::{Time, Unverified};
 
 /// Mount a copy-on-write disk image as a flat file, and rebase it safely while it is mounted.
 #[derive(Debug, Parser)]
@@ -68,7 +68,7 @@ pub fn run(typed: &[OsString]) -> ExitCode {
 fn run_typed(typed: &[OsString]) -> ExitCode {
     let command = match Cli::try_parse_from(typed) {
         Ok(cli) => {
-            messages::start(cli.verbose, cli.command.time());
+            messages::start(cli.verbose, cli.command.time(), cli.command.unverified());
             cli.command
         }
         Err(e) => {
@@ -103,6 +103,14 @@ impl Command {
         match self {
             Self::Mount(arguments) => arguments.time(),
             _ => Time::Untold,
+        }
+    }
+
+    /// Whether warnings of what could not be verified are printed. What a server says is for people.
+    fn unverified(&self) -> Unverified {
+        match self {
+            Self::Mount(_) => Unverified::Told,
+            _ => Unverified::on_a_terminal(),
         }
     }
 

@@ -11,12 +11,10 @@ use super::image::Image;
 use super::tree::Inode;
 use super::view::{View, data_error};
 use crate::chain::{Chain, Opener};
-use crate::error::{Context, Error, ErrorKind, Result};
-use crate::file::Lock;
-use crate::layer::qcow2::repair::recover;
-use crate::layer::qcow2::{Live, Qcow2};
-use crate::layer::{GuestOffset, Layer};
-use crate::rebase::refuse_shared_files;
+use crate::error::{Error, ErrorKind, Result};
+use crate::layer::GuestOffset;
+use crate::layer::qcow2::Live;
+use crate::rebase::{Below, ForWriting};
 
 /// What may be written to the disk of a mount.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -42,28 +40,17 @@ pub(super) enum Space {
 /// that was not closed properly is repaired first.
 pub(super) fn prepare(chain: &Chain, opener: &Opener) -> Result<Chain> {
     let top = chain.top().ok_or_else(|| Error::invalid("there is no image to write to"))?;
-    let Some(image) = top.as_qcow2() else {
+    if top.as_qcow2().is_none() {
         let what = format!("a {} image is not written through a mount", top.format());
         return Err(Error::unsupported(what).path(top.file().path()).hint("write to the file itself"));
-    };
-    refuse_shared_files(top, &chain.below(0))?;
+    }
     if !opener.takes_locks() {
         log::warn!("{}: --force-share is about reading: the image is locked", top.file().path().display());
     }
-    lock(top).doing(|| "locking the overlay for writing".to_owned())?;
-    // Nobody else writes from now on, but somebody may have since it was opened.
-    let image = image.reopen()?;
-    let image: Qcow2 = if image.is_dirty() { recover(&image)? } else { image };
-    let live = Live::open(&image)?;
-    Ok(chain.below(0).under(Arc::new(live)))
-}
-
-fn lock(top: &Arc<dyn Layer>) -> Result<()> {
-    top.file().lock(Lock::Write)?;
-    match top.data_file().identity() == top.file().identity() {
-        true => Ok(()),
-        false => top.data_file().lock(Lock::Write),
-    }
+    let mut own = ForWriting::open(chain, opener, Below::Matters)?.recovered()?;
+    let live = Live::open(&own.image)?;
+    own.stay_locked();
+    Ok(own.below.under(Arc::new(live)))
 }
 
 impl Image {
@@ -167,5 +154,43 @@ pub(super) fn write_errno(error: &Error) -> i32 {
     match error.kind() {
         ErrorKind::NoSpace | ErrorKind::ReadOnly => error.errno(),
         _ => data_error(error).errno(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Rebase;
+    use crate::file::{Access, LocalFile};
+    use crate::layer::qcow2::create::{Spec, create};
+    use crate::layer::{Format, Reference};
+    use crate::rebase::Progress;
+
+    /// Between the opening and the lock, which the mount takes without locks before.
+    #[test]
+    fn an_image_that_was_rebased_before_it_was_locked_is_not_written_to() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        std::fs::write(path("old"), vec![0x11; 1 << 20]).unwrap();
+        std::fs::write(path("new"), vec![0x22; 1 << 20]).unwrap();
+        let backing = Some(Reference::new("old", Format::Raw));
+        let spec = Spec { size: 1 << 20, backing, ..Spec::default() };
+        create(&LocalFile::create(&path("cow")).unwrap(), None, &spec).unwrap();
+        let opener = Opener::new().force_share();
+        let open = || opener.chain(&path("cow"), None, Access::ReadWrite).unwrap();
+        let before = open();
+        drop(Rebase::new(path("cow")).onto("new").run(&Progress::default()).unwrap());
+        let refused = prepare(&before, &opener).unwrap_err();
+        assert!(
+            refused.kind() == ErrorKind::Busy && refused.to_string().contains("names 'new'"),
+            "{refused}"
+        );
+        // Nobody is locked out by what was refused, and by what was not everybody is.
+        drop(prepare(&open(), &opener).unwrap());
+        let held = prepare(&open(), &opener).unwrap();
+        drop(before);
+        let error = prepare(&open(), &opener).unwrap_err();
+        assert!(error.to_string().contains("in use by another process"), "{error}");
+        drop(held);
     }
 }

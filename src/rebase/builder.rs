@@ -262,20 +262,13 @@ impl SafeRebase {
 pub struct UnsafeRebase(Asked);
 
 impl UnsafeRebase {
-    /// Records a relative name also if it leads to no file.
-    pub fn force(mut self) -> Self {
-        self.0.request.force = true;
-        self
-    }
-
     /// Lets the header name the backing file. Reads neither the old nor the new one, which need not
     /// be there: the chain that is returned is [broken off](Chain::broken_off) then.
     ///
     /// # Errors
     /// The image cannot be opened for writing, or somebody else has it open; the new chain contains the
     /// image itself ([`ErrorKind::Loop`]); the header has no room for the name ([`ErrorKind::NoSpace`]);
-    /// the backing file cannot be opened and its format is not given, or its name is relative and leads
-    /// to no file.
+    /// the backing file cannot be opened and its format is not given.
     pub fn run(self) -> Result<Chain> {
         let Asked { rebase: Rebase { opener, .. }, request } = &self.0;
         let chain = self.0.open(Access::ReadWrite)?;

@@ -16,6 +16,7 @@ mod copy;
 mod difference;
 mod figures;
 mod many;
+mod open_for_writing;
 mod options;
 mod plan;
 mod progress;
@@ -39,18 +40,18 @@ pub use standing::Standing;
 use difference::ChainKey;
 pub(crate) use difference::{Difference, look};
 pub(crate) use many::{Many, Together};
+pub(crate) use open_for_writing::{Below, ForWriting};
 pub(crate) use options::Options;
 pub(crate) use reclaim::reclaim;
 pub(crate) use rehearse::rehearse;
 use target::Target;
-pub(crate) use target::refuse_shared_files;
+pub(crate) use target::UNVERIFIED;
 use unchanged::Bases;
 pub(crate) use watched::watched;
 
 use crate::chain::{Chain, Opener};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::file::{Access, Lock};
-use crate::layer::qcow2::repair::recover;
+use crate::file::Access;
 use crate::layer::qcow2::{Qcow2, Writer};
 use crate::layer::{Format, Layer, Overlay, Reference};
 
@@ -79,8 +80,6 @@ pub(crate) struct Request {
     pub reclaim: bool,
     /// Whether what is copied as data is stored as compressed clusters, as far as it shrinks.
     pub compress: bool,
-    /// In [`Mode::Unsafe`], whether to record a relative name also if there is no such file.
-    pub force: bool,
     /// Where backing files differ, found once for several rebases; `None` finds it out for this one.
     pub differences: Option<Arc<Differences>>,
 }
@@ -171,44 +170,43 @@ pub(crate) fn rebase(
     progress: &Progress,
 ) -> Result<(Chain, Report)> {
     let top = chain.top().ok_or_else(|| Error::invalid("there is no image to rebase"))?;
-    let image = overlay_of(top)?;
+    overlay_of(top)?;
     progress.enter(Phase::Plan);
-    let target = Target::open(top, opener, request)?;
-    if request.mode == Mode::Safe {
-        refuse_shared_files(top, &chain.below(0))?;
-    }
-    let lock = WriteLock::take(top, opener)?;
-    // As it is now: an earlier rebase of this chain that was stopped has written to it.
-    let mut image = image.reopen()?;
-    let mut writer = writer_of(top, &image, request)?;
+    let open_target = |opener: &Opener| Target::open(top, opener, request);
+    // Under its lock no file of it can change, and its errors are clearer while the overlay is not locked.
+    let target = opener.takes_locks().then(|| open_target(opener)).transpose()?;
+    let below = if request.mode == Mode::Safe { Below::Matters } else { Below::Ignored };
+    let mut own = ForWriting::open(chain, opener, below)?;
+    let target = target.map_or_else(|| open_target(&opener.renewed()), Ok)?;
+    let mut writer = writer_of(top, &own.image, request)?;
     writer.check_backing(target.backing.as_ref())?;
     let report = match request.mode {
         Mode::Safe => {
-            if image.is_dirty() {
-                image = recover(&image)?;
-                writer = writer_of(top, &image, request)?;
+            if own.image.is_dirty() {
+                own = own.recovered()?;
+                writer = writer_of(top, &own.image, request)?;
             }
             writer.check_tables()?;
-            let old = chain.below(0);
-            let bases = Bases::new(&old, &target.chain);
-            let known = request.difference(&old, &target.chain)?;
-            let later = Later::of(request, &image)?;
-            let chains = (&old, &target.chain);
+            let ForWriting { image, below: old, .. } = &own;
+            let bases = Bases::new(old, &target.chain);
+            let known = request.difference(old, &target.chain)?;
+            let later = Later::of(request, image)?;
+            let chains = (old, &target.chain);
             let report = copy::copy_differences(&*writer, chains, known.as_deref(), progress, later)?;
             if request.verify {
                 progress.enter(Phase::Verify);
-                verify::verify(&image, chains, report.compared, progress).doing(|| "verifying".to_owned())?;
+                verify::verify(image, chains, report.compared, progress).doing(|| "verifying".to_owned())?;
             }
             bases.refuse_changed()?;
             report
         }
         Mode::Unsafe => Report::default(),
     };
+    target.refuse_led_elsewhere(top)?;
     progress.enter(Phase::Swap);
     writer.set_backing(target.backing.as_ref())?;
     progress.enter(if request.reclaim { Phase::Reclaim } else { Phase::Done });
-    drop(lock);
-    Ok((target.chain.under(reopened(top, &image)?), report))
+    Ok((target.chain.under(reopened(top, &own.image)?), report))
 }
 
 /// What is going to be looked at after all that needs a look has been compared.
@@ -273,41 +271,4 @@ fn qcow2_of(top: &Arc<dyn Layer>) -> Result<&Qcow2> {
         let hint = "put one on it that has: `rebasefs create -f qcow2 -b IMAGE NEW`";
         Error::unsupported(what).path(top.file().path()).hint(hint)
     })
-}
-
-/// The write lock of the overlay, taken whatever `--force-share` says: that is about reading. Gives
-/// way to what was held before when dropped.
-struct WriteLock<'a> {
-    top: &'a Arc<dyn Layer>,
-    before: Lock,
-}
-
-impl<'a> WriteLock<'a> {
-    fn take(top: &'a Arc<dyn Layer>, opener: &Opener) -> Result<Self> {
-        let before = match (top.as_live(), opener.takes_locks()) {
-            // A guest writes: it is locked all the while.
-            (Some(_), _) => Lock::Write,
-            (None, true) => Lock::Read,
-            (None, false) => Lock::None,
-        };
-        let lock = Self { top, before };
-        lock.set(Lock::Write).doing(|| "locking the overlay for writing".to_owned())?;
-        Ok(lock)
-    }
-
-    fn set(&self, lock: Lock) -> Result<()> {
-        self.top.file().lock(lock)?;
-        match self.top.data_file().identity() == self.top.file().identity() {
-            true => Ok(()),
-            false => self.top.data_file().lock(lock),
-        }
-    }
-}
-
-impl Drop for WriteLock<'_> {
-    fn drop(&mut self) {
-        if let Err(error) = self.set(self.before) {
-            log::warn!("{error}");
-        }
-    }
 }

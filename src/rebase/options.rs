@@ -24,9 +24,6 @@ pub(crate) struct Options {
     /// Unsafe: change the reference only, for a backing file that was moved or renamed
     #[arg(short = 'u', long = "backing-unsafe")]
     pub is_unsafe: bool,
-    /// With -u: record a relative name even if it leads to no file
-    #[arg(long)]
-    pub force: bool,
     /// Cache mode of the backing files
     #[arg(short = 'T', long, value_name = "CACHE", value_parser = CacheMode::from_name, default_value = "writeback")]
     pub backing_cache: CacheMode,
@@ -62,12 +59,6 @@ impl Options {
             let error = Error::invalid("no backing file given");
             return Err(error.hint("`-b FILE` for another one, `-b \"\"` for none"));
         };
-        if self.force && !self.is_unsafe {
-            let error = Error::invalid("--force is about names that cannot be looked up, which -u records");
-            return Err(
-                error.hint("leave out `--force`: a safe rebase reads the new backing file; or add `-u`")
-            );
-        }
         let reference = || Reference { name: name.clone(), format: self.backing_format.clone() };
         Ok(Request {
             backing: (!name.is_empty()).then(reference),
@@ -75,7 +66,6 @@ impl Options {
             verify: self.verify,
             reclaim: self.reclaim,
             compress: self.compress,
-            force: self.force,
             differences: None,
         })
     }

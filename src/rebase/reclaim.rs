@@ -4,9 +4,8 @@
 use std::sync::Arc;
 
 use super::progress::Part;
-use super::target::refuse_shared_files;
 use super::unchanged::Bases;
-use super::{Phase, Progress, Request, WriteLock, overlay_of, reopened, writer_of};
+use super::{Below, ForWriting, Phase, Progress, Request, reopened, writer_of};
 use crate::chain::{Chain, Opener, Source};
 use crate::error::{Context, Error, Result};
 use crate::file::AlignedBuffer;
@@ -29,28 +28,26 @@ pub(crate) fn reclaim(
     publish: impl FnOnce(Chain) -> Result<()>,
 ) -> Result<u64> {
     let top = chain.top().ok_or_else(|| Error::invalid("there is no image to reclaim space from"))?;
-    let below = chain.below(0);
-    refuse_shared_files(top, &below)?;
-    let _lock = WriteLock::take(top, opener)?;
-    let image = overlay_of(top)?;
-    let writer = writer_of(top, image, &Request::default())?;
+    let own = ForWriting::open(chain, opener, Below::Matters)?;
+    let below = &own.below;
+    let writer = writer_of(top, &own.image, &Request::default())?;
     let _still = top.as_live().is_some().then(|| writer.hold_off_guests());
     if top.as_live().is_some() {
         // A guest waits with its writes: what it sees is in the file.
         writer.commit()?;
     }
-    let image = image.reopen()?;
+    let image = own.image.reopen()?;
     writer.check_tables()?;
     progress.enter(Phase::Reclaim);
-    let bases = Bases::new(&below, &below);
-    let own = Chain::new([Arc::new(image.clone()) as Arc<dyn Layer>]);
+    let bases = Bases::new(below, below);
+    let top_alone = Chain::new([Arc::new(image.clone()) as Arc<dyn Layer>]);
     let held = held_bytes(&image)?;
     if progress.left() == 0 {
         // It was not announced with the rebase.
         progress.add_total(held);
     }
     let mut part = progress.part(progress.left(), held);
-    let dropped = Walk { overlay: &*writer, own: &own, below: &below, progress }.drop_equal(&mut part);
+    let dropped = Walk { overlay: &*writer, own: &top_alone, below, progress }.drop_equal(&mut part);
     bases.refuse_changed()?;
     // What was dropped before an error is dropped all the same.
     writer.commit()?;

@@ -4,8 +4,10 @@
 
 use std::sync::{Mutex, PoisonError};
 
+use super::open_for_writing::as_it_is_now;
+use super::target::refuse_shared_files;
 use super::unchanged::Bases;
-use super::{Later, Progress, Report, Request, Target, copy};
+use super::{Below, Later, Progress, Report, Request, Target, copy};
 use crate::chain::{Chain, Opener};
 use crate::error::{Error, Result};
 use crate::layer::qcow2::Writer;
@@ -46,7 +48,7 @@ pub(crate) fn rehearse(
 ) -> Result<Rehearsal> {
     let top = chain.top().ok_or_else(|| Error::invalid("there is no image to rebase"))?;
     // As it is now: an earlier rebase of this chain that was stopped has written to it.
-    let image = super::qcow2_of(top)?.reopen()?;
+    let (image, old) = as_it_is_now(chain, opener, Below::Matters)?;
     let target = Target::open(top, opener, request)?;
     let writer = super::writer_of(top, &image, request)?;
     writer.check_backing(target.backing.as_ref())?;
@@ -60,8 +62,7 @@ pub(crate) fn rehearse(
         ),
     }
     let notes = Notes { overlay: &writer, ranges: Mutex::default(), compared: Mutex::default() };
-    let old = chain.below(0);
-    super::refuse_shared_files(top, &old)?;
+    refuse_shared_files(top, &old)?;
     let bases = Bases::new(&old, &target.chain);
     let known = request.difference(&old, &target.chain)?;
     let chains = (&old, &target.chain);

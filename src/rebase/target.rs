@@ -3,14 +3,18 @@
 //!
 //! Reads headers; no guest data, and nothing is written.
 
-use std::path::Path;
 use std::sync::Arc;
 
+use super::open_for_writing::{LEAVE_NAMES, refuse_renamed};
 use super::{Mode, Request};
-use crate::chain::{Chain, Opener, resolve};
+use crate::chain::{Chain, Opener, place_of};
 use crate::error::{Error, ErrorKind, Result};
 use crate::file::Identity;
 use crate::layer::{Format, Layer, Reference};
+
+/// Whose warnings these are: whoever asks for the name alone wants nothing to be looked at, and a program that
+/// asks for it is not told. The command line decides who is.
+pub(crate) const UNVERIFIED: &str = "rebasefs::unverified";
 
 /// The new backing file.
 pub(super) struct Target {
@@ -25,10 +29,10 @@ impl Target {
         let Some(backing) = &request.backing else {
             return Ok(Self { backing: None, chain: Chain::default() });
         };
-        let opened = opener.backing_chain(top.file().path(), Some(backing));
+        let opened = opener.chain_below(&**top.file(), Some(backing));
         let chain = match (opened, request.mode) {
             (Ok(chain), _) => chain,
-            (Err(error), Mode::Unsafe) => record_unopened(top, backing, error, request.force)?,
+            (Err(error), Mode::Unsafe) => record_unopened(top, opener, backing, error)?,
             (Err(error), Mode::Safe) => return Err(error),
         };
         refuse_loop(top, &chain, backing)?;
@@ -37,11 +41,38 @@ impl Target {
             (None, Some(layer)) => Some(layer.format().to_string()),
             (format, _) => format.clone(),
         };
-        warn_of_header_shown_to_guest(&chain)?;
+        if let Some(warning) = header_shown_to_guest(&chain) {
+            match request.mode {
+                Mode::Safe => log::warn!("{warning}"),
+                Mode::Unsafe => log::warn!(target: UNVERIFIED, "{warning}"),
+            }
+        }
         if request.mode == Mode::Unsafe {
             warn_of_other_size(top, opener, &chain);
         }
         Ok(Self { backing: Some(Reference { format, ..backing.clone() }), chain })
+    }
+
+    /// The last look before the name is recorded: by the path of the image, as QEMU is going to look for it,
+    /// it must lead to the file that was opened, and the path itself to the image.
+    ///
+    /// # Errors
+    /// It leads elsewhere, or nowhere ([`ErrorKind::Busy`]).
+    pub fn refuse_led_elsewhere(&self, top: &Arc<dyn Layer>) -> Result<()> {
+        let image = top.file();
+        refuse_renamed(&**image)?;
+        let (Some(backing), Some(opened), Some(_)) = (&self.backing, self.chain.top(), image.descriptor())
+        else {
+            return Ok(());
+        };
+        let place = place_of(image.path(), backing)?;
+        let what = match Identity::of(&place) {
+            Ok(identity) if identity == opened.file().identity() => return Ok(()),
+            Ok(_) => "leads to another file by now than the one that was looked at".to_owned(),
+            Err(e) => format!("does not lead to the file any more that was looked at: {}", e.kind()),
+        };
+        let what = format!("'{}' {what}; the image still stands on what it stood on", backing.name.display());
+        Err(Error::new(ErrorKind::Busy, what).path(place).hint(LEAVE_NAMES))
     }
 }
 
@@ -49,9 +80,9 @@ impl Target {
 /// may not be there yet, or not be ours to read.
 fn record_unopened(
     top: &Arc<dyn Layer>,
+    opener: &Opener,
     backing: &Reference,
     error: Error,
-    is_forced: bool,
 ) -> Result<Chain> {
     if error.kind() == ErrorKind::Loop {
         return Err(error);
@@ -59,23 +90,13 @@ fn record_unopened(
     if backing.format.is_none() {
         return Err(error.hint("a name is recorded with its format: give it with `-F FORMAT`"));
     }
-    if !is_forced && leads_nowhere(top, backing, &error) {
-        return Err(
-            error.hint("a relative name means a file beside the image; `--force` records it all the same")
-        );
+    // Somebody may hold a file of it: what it stands on can be seen all the same.
+    match opener.renewed().force_share().chain_below(&**top.file(), Some(backing)) {
+        Err(error) if error.kind() == ErrorKind::Loop => return Err(error),
+        _ => {}
     }
-    log::warn!("{error}: its name is recorded all the same, nothing could be verified");
+    log::warn!(target: UNVERIFIED, "{error}: its name is recorded all the same, nothing could be verified");
     Ok(Chain::unopened(&error))
-}
-
-/// Whether a relative name means no file. An absolute one may be that of another machine, and what
-/// is there but names a missing file itself is there.
-fn leads_nowhere(top: &Arc<dyn Layer>, backing: &Reference, error: &Error) -> bool {
-    let is_missing = || match resolve(top.file().path(), backing) {
-        Ok(location) => Identity::of(&location.path).is_err(),
-        Err(_) => true,
-    };
-    error.kind() == ErrorKind::NotFound && Path::new(&backing.name).is_relative() && is_missing()
 }
 
 /// The overlay must not stand on itself.
@@ -96,7 +117,7 @@ fn refuse_loop(top: &Arc<dyn Layer>, chain: &Chain, backing: &Reference) -> Resu
 
 /// What is written to the overlay must not change what lies below it (invariant I5): the one's
 /// external data file may be the other.
-pub(crate) fn refuse_shared_files(top: &Arc<dyn Layer>, below: &Chain) -> Result<()> {
+pub(super) fn refuse_shared_files(top: &Arc<dyn Layer>, below: &Chain) -> Result<()> {
     let files = |layer: &Arc<dyn Layer>| [layer.file().identity(), layer.data_file().identity()];
     let own = files(top);
     match below.layers().iter().find(|layer| files(layer).iter().any(|file| own.contains(file))) {
@@ -110,16 +131,15 @@ pub(crate) fn refuse_shared_files(top: &Arc<dyn Layer>, below: &Chain) -> Result
 }
 
 /// Somebody who calls a qcow2 file raw may mean it, but hardly ever does.
-fn warn_of_header_shown_to_guest(chain: &Chain) -> Result<()> {
-    let Some(layer) = chain.top().filter(|layer| layer.format() == Format::Raw) else { return Ok(()) };
-    match Format::recognise(&**layer.file()) {
-        Ok(Format::Raw) => {}
-        _ => log::warn!(
-            "{}: looks like a disk image, but is taken for raw as asked: the guest will see its header",
-            layer.file().path().display()
-        ),
-    }
-    Ok(())
+fn header_shown_to_guest(chain: &Chain) -> Option<String> {
+    let layer = chain.top().filter(|layer| layer.format() == Format::Raw)?;
+    let is_raw = matches!(Format::recognise(&**layer.file()), Ok(Format::Raw));
+    (!is_raw).then(|| {
+        let path = layer.file().path().display();
+        format!(
+            "{path}: looks like a disk image, but is taken for raw as asked: the guest will see its header"
+        )
+    })
 }
 
 /// A file that was merely moved has the size that it had. Where the old one is gone, a new one
@@ -127,14 +147,16 @@ fn warn_of_header_shown_to_guest(chain: &Chain) -> Result<()> {
 fn warn_of_other_size(top: &Arc<dyn Layer>, opener: &Opener, new: &Chain) {
     let Some(layer) = new.top() else { return };
     let (path, size) = (layer.file().path().display(), layer.virtual_size());
-    let old = opener.backing_chain(top.file().path(), top.backing());
+    let old = opener.chain_below(&**top.file(), top.backing());
     match old.as_ref().map(Chain::top) {
         Ok(Some(old)) if old.virtual_size() != size => log::warn!(
+            target: UNVERIFIED,
             "{path}: has {size} bytes, but the old backing file {} has {}: is that the same disk?",
             old.file().path().display(),
             old.virtual_size()
         ),
         Err(_) if size < top.virtual_size() => log::warn!(
+            target: UNVERIFIED,
             "{path}: has {size} bytes, fewer than the image with {}: what is missing reads as zeros",
             top.virtual_size()
         ),

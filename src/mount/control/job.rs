@@ -103,7 +103,9 @@ impl Control {
         }
         let (chain, mut report) = rebase(&self.image.chain(), &opener, request, progress)?;
         self.image.replace(chain.clone());
-        (mounted.replaced)(if job.command.changes_bytes() { Bytes::Others } else { Bytes::Same });
+        // Beside those who write, what was read from the image until now may be what it was long ago.
+        let may_be_others = job.command.changes_bytes() || !opener.takes_locks();
+        (mounted.replaced)(if may_be_others { Bytes::Others } else { Bytes::Same });
         if options.reclaim {
             let publish = |chain| self.image.supersede(chain, || progress.is_cancelled());
             let reclaimed = reclaim(&chain, &opener, progress, publish);

@@ -95,7 +95,11 @@ impl Many {
     fn open(&self, place: usize, opener: &Opener) -> Result<Opened> {
         let path = &self.overlays[place];
         let whole = opener.chain(path, self.format, Access::ReadOnly);
-        let new = opener.backing_chain(path, self.request.backing.as_ref());
+        let backing = self.request.backing.as_ref();
+        let new = match whole.as_ref().ok().and_then(Chain::top) {
+            Some(top) => opener.chain_below(&**top.file(), backing),
+            None => opener.backing_chain(path, backing),
+        };
         let (whole, new) = match self.request.mode {
             Mode::Safe => (whole?, new?),
             Mode::Unsafe => (whole.unwrap_or_default(), new.unwrap_or_default()),
@@ -111,6 +115,10 @@ impl Many {
         looked: &Looked,
         places: &HashMap<Identity, usize>,
     ) -> Result<()> {
+        if self.request.mode == Mode::Unsafe {
+            // Nothing is read: each is refused only if it would stand on itself, when it is its turn.
+            return Ok(());
+        }
         for (place, (old, new)) in looked.first_of_each_move() {
             for (key, what) in [(old, "stands on"), (new, "would stand on")] {
                 let Some(below) = key.files().find_map(|file| places.get(&file)) else { continue };
