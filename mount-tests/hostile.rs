@@ -5,6 +5,10 @@
 
 use std::os::unix::fs::FileExt;
 
+use rebasefs::chain::Opener;
+use rebasefs::file::Access;
+use rebasefs::layer::qcow2::testing::Live;
+
 use crate::scratch::{Ended, Scratch, rebasefs};
 
 const CLUSTER: u64 = 65536;
@@ -54,7 +58,7 @@ fn a_structure_that_is_a_piece_of_the_disk_as_well_is_not_written() {
         (REFCOUNT_TABLE, "the refcount table is used for something else as well"),
         (REFCOUNT_BLOCK, "refcount block 0 is used 2 times"),
         (L1, "the L1 table is used for something else as well"),
-        (L2, "a cluster is used 1 times, but its refcount is 2"),
+        (L2, "the L2 table is used for something else as well"),
     ] {
         let s = overlay();
         poke(&s, L2 + 8, structure);
@@ -70,7 +74,52 @@ fn a_structure_that_is_a_piece_of_the_disk_as_well_is_not_written() {
     poke(&s, L2 + 8, 1 << 62 | 112);
     set_refcount(&s, 0, 2);
     set_refcount(&s, 6 * CLUSTER, 0);
-    is_left_alone(&s, "the header is used for something else as well (refcount 2)");
+    is_left_alone(&s, "the header is used for something else as well");
+}
+
+/// The same for structures that only some images have, and for guests, too: a guest's first write marks
+/// bitmaps in their directory.
+///
+/// ```text
+/// overlay: aa -> a structure   (the refcounts say: two users)
+/// ```
+#[test]
+fn a_bitmap_or_a_snapshot_that_is_a_piece_of_the_disk_as_well_is_not_written() {
+    let word = |s: &Scratch, at: u64| {
+        let bytes = std::fs::read(s.path("a.qcow2")).unwrap();
+        u64::from_be_bytes(bytes[at as usize..][..8].try_into().unwrap())
+    };
+    for what in ["snapshot table", "L1 table of a snapshot", "bitmap directory", "bitmap table"] {
+        let s = overlay();
+        s.qemu_img("snapshot -c one a.qcow2");
+        s.qemu_img("bitmap --add a.qcow2 one");
+        // The active disk has a table of its own.
+        s.draw("a.qcow2", CLUSTER as usize, "-- -- cc");
+        let bytes = std::fs::read(s.path("a.qcow2")).unwrap();
+        let bitmaps =
+            bytes.windows(8).position(|w| w == [0x23, 0x85, 0x28, 0x75, 0, 0, 0, 24]).unwrap() as u64;
+        let (snapshots, directory) = (word(&s, 64), word(&s, bitmaps + 24));
+        let structure = match what {
+            "snapshot table" => snapshots,
+            "bitmap directory" => directory,
+            "bitmap table" => word(&s, directory),
+            _ => word(&s, snapshots),
+        };
+        let l2 = word(&s, word(&s, 40)) & !COPIED;
+        poke(&s, l2 + 16, structure);
+        set_refcount(&s, structure, 2);
+        let words = format!("the {what} is used for something else as well");
+        is_left_alone(&s, &words);
+        let before = std::fs::read(s.path("a.qcow2")).unwrap();
+        let chain = Opener::new().chain(&s.path("a.qcow2"), None, Access::ReadWrite).unwrap();
+        let error = Live::open(chain.top().unwrap().as_qcow2().unwrap()).unwrap_err().to_string();
+        assert!(error.contains(&words), "{error}");
+        drop(chain);
+        assert!(std::fs::read(s.path("a.qcow2")).unwrap() == before, "{what}: the image has changed");
+        let said = s.run(rebasefs(), "check a.qcow2");
+        let said = said.stdout + &said.stderr;
+        assert!(said.contains("is used for something else as well"), "{said}");
+    }
 }
 
 #[test]

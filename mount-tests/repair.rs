@@ -245,6 +245,30 @@ fn nothing_is_freed_while_a_pointer_leads_nowhere() {
     assert_eq!(damaged.len(), std::fs::read(s.path("i.qcow2")).unwrap().len());
 }
 
+/// An L1 entry that leads to the L1 table itself: the L2 table it led to, and all its clusters, seem to be
+/// leaked.
+#[test]
+fn nothing_is_freed_while_a_pointer_leads_to_a_structure() {
+    for options in ["cluster_size=64k", "compat=0.10", "extended_l2=on,cluster_size=16k"] {
+        let s = Scratch::new();
+        let cluster = if options.contains("16k") { 16384 } else { 65536 };
+        image(&s, options, cluster);
+        let sound = std::fs::read(s.path("i.qcow2")).unwrap();
+        let l1 = Places::of(&sound).l1;
+        for what in ["leaks", "all"] {
+            s.write("i.qcow2", &sound);
+            s.poke("i.qcow2", l1, &(l1 | 1 << 63).to_be_bytes());
+            let said = s.rebasefs_fails(2, &format!("check -r {what} i.qcow2"));
+            assert!(said.contains("Nothing is freed"), "{options}: {said}");
+            // Nothing was given to others: with its entry the image is as it was.
+            s.poke("i.qcow2", l1, &sound[l1 as usize..][..8]);
+            s.rebasefs("check -r all i.qcow2");
+            s.check_clean("i.qcow2");
+            assert!(std::fs::read(s.path("i.qcow2")).unwrap() == sound, "{options}, {what}");
+        }
+    }
+}
+
 /// With refcounts of one bit a snapshot fails half way, and what it allocated stays allocated.
 #[test]
 fn leaks_that_qemu_made_are_freed() {

@@ -49,7 +49,23 @@ pub(super) struct References {
     pub is_incomplete: bool,
     /// Whether refcount table or blocks cannot be trusted to be what they are.
     pub has_damaged_refcounts: bool,
+    /// The first structure that is used for anything else as well: which, and its host offset.
+    pub overlap: Option<(&'static str, HostOffset)>,
+    /// The structures but for L2 tables: by cluster the place in [`STRUCTURES`], from 1 on.
+    structures: Counts,
 }
+
+/// What has its clusters alone in every valid image.
+const STRUCTURES: [&str; 8] = [
+    "header",
+    "L1 table",
+    "L1 table of a snapshot",
+    "snapshot table",
+    "bitmap directory",
+    "bitmap table",
+    "refcount table",
+    "refcount block",
+];
 
 /// The walk through all structures of one image.
 pub(super) struct Walk<'a> {
@@ -90,7 +106,12 @@ impl<'a> Walk<'a> {
     /// points to them.
     pub(super) fn count(mut self) -> Result<References> {
         self.guest_structures()?;
+        self.overlaps();
+        // What should lie in the place of the structure looks unused: it is lost, not leaked.
+        self.found.is_incomplete |= self.found.overlap.is_some();
+        // Nothing is lost if one of these leads to a structure: new ones can be made.
         self.refcount_structures()?;
+        self.overlaps();
         Ok(self.found)
     }
 
@@ -113,6 +134,21 @@ impl<'a> Walk<'a> {
         }
         self.found.l2_tables = tables;
         self.bitmaps()
+    }
+
+    /// Looks for structures that something else leads to.
+    fn overlaps(&mut self) {
+        if self.found.overlap.is_some() {
+            return;
+        }
+        let References { counts, structures, l2_tables, .. } = &self.found;
+        let bits = self.header.cluster_bits;
+        let other = structures.iter().find(|&(cluster, _)| counts.of(cluster) > 1);
+        let other = other.map(|(cluster, number)| (STRUCTURES[number as usize - 1], cluster << bits));
+        let table = || l2_tables.iter().find(|(at, uses)| counts.of(*at >> bits) > uses.by_all);
+        let Some((what, at)) = other.or_else(|| table().map(|(at, _)| ("L2 table", *at))) else { return };
+        self.found.overlap = Some((what, HostOffset(at)));
+        self.report.message(format!("The {what} at {at:#x} is used for something else as well"));
     }
 
     /// Something is wrong with a structure, but what it points to is clear.
@@ -147,7 +183,11 @@ impl<'a> Walk<'a> {
             self.report.corruption(times, text);
             return false;
         }
+        let kind = STRUCTURES.iter().position(|structure| *structure == what).map(|place| place as u64 + 1);
         for cluster in offset >> self.header.cluster_bits..end.div_ceil(self.header.cluster_size()) {
+            if let Some(kind) = kind.filter(|_| self.found.structures.of(cluster) == 0) {
+                self.found.structures.add(cluster, kind, u64::MAX);
+            }
             let excess = self.found.counts.add(cluster, times, self.stored.max());
             if excess > 0 {
                 self.excess += excess;
@@ -242,7 +282,7 @@ impl<'a> Walk<'a> {
             *tables.entry((snapshot.l1_offset, snapshot.l1_entries)).or_default() += 1;
         }
         for ((offset, entries), by_all) in tables {
-            self.l1_table("a snapshot's L1 table", offset, entries, Uses { by_all, ..Uses::default() })?;
+            self.l1_table("L1 table of a snapshot", offset, entries, Uses { by_all, ..Uses::default() })?;
         }
         Ok(())
     }

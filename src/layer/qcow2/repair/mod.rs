@@ -125,7 +125,7 @@ impl Examination {
 
 fn settle_refcounts(image: &Qcow2, first: &Examination, what: Repair, notes: &mut Vec<String>) -> Result<()> {
     if first.is_incomplete() {
-        notes.push("Nothing is freed: there are pointers that lead nowhere, and what seems to be leaked may be what they led to.".to_owned());
+        notes.push("Nothing is freed: there are pointers that lead nowhere or to a structure, and what seems to be leaked may be what they led to.".to_owned());
     }
     match (what, first.has_damage()) {
         (Repair::All, true) if first.is_incomplete() => Ok(()),

@@ -27,11 +27,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use self::forget::Forgotten;
 use self::ranges::Ranges;
 use self::staged::View;
+use super::check::{self, Examination};
 use super::entry::SUBCLUSTERS;
 use super::header::{Header, autoclear, field, incompatible};
 use super::live::Hold;
 use super::refcount::{Refcounts, Write};
-use super::{Preamble, Qcow2, check};
+use super::{Preamble, Qcow2};
 use crate::error::{Context, Error, Result};
 use crate::file::{HostFile, HostOffset};
 use crate::layer::{Content, Detail, ExtentKind, Filled, GuestOffset, Layer, Missing, Overlay, Reference};
@@ -69,6 +70,8 @@ pub struct Writer {
     guests: RwLock<()>,
     /// Whether the image tells that a guest has written to it.
     is_marked: AtomicBool,
+    /// Whether it was said that space cannot be given back.
+    has_failed_to_punch: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -122,6 +125,7 @@ impl Writer {
             readers: RwLock::default(),
             guests: RwLock::default(),
             is_marked: AtomicBool::new(false),
+            has_failed_to_punch: AtomicBool::new(false),
             state: Mutex::new(state),
         })
     }
@@ -273,9 +277,9 @@ impl Overlay for Writer {
             let what = "the image was not closed properly: its refcounts may be wrong";
             return Err(Error::corrupt(what).path(path).hint(REPAIR));
         }
-        let report = check::check(&self.views[0])?;
+        let Examination { report, references, .. } = check::examine(&self.views[0])?;
         if report.is_sound() {
-            return self.refuse_shared_structures().path(path);
+            return self.refuse_shared_structures(references.overlap).path(path);
         }
         let errors = report.corruptions + report.check_errors;
         let first = report.messages.first().map_or("", String::as_str);

@@ -1,11 +1,11 @@
 //! Structures that overlap: what is changed in place must be nothing else besides.
 //!
 //! The refcounts of a hostile image can say that a cluster is the header, or a table, *and* a piece
-//! of the disk. A check has nothing against that; writing the one would change the other.
+//! of the disk. A check counts that as no error; writing the one would change the other.
 
 use std::ops::Range;
 
-use super::{RESCUE, Writer};
+use super::{REPAIR, RESCUE, Writer};
 use crate::error::{Error, Result};
 use crate::file::HostOffset;
 use crate::layer::qcow2::header::Header;
@@ -29,14 +29,18 @@ pub(super) fn refuse_overlapping_l1(header: &Header, snapshots: &[Snapshot]) -> 
 }
 
 impl Writer {
-    /// Refuses an image in which the header, an L1 table or the refcount table is used for anything
-    /// else as well, or in which clusters of two views share a place that nobody counts.
-    pub(super) fn refuse_shared_structures(&self) -> Result<()> {
+    /// Refuses an image in which a structure is used for anything else as well, as the `overlap` that a
+    /// check found, or in which clusters of two views share a place that nobody counts.
+    pub(super) fn refuse_shared_structures(&self, overlap: Option<(&str, HostOffset)>) -> Result<()> {
         let header = self.header();
         if header.has_data_file() && self.views.len() > 1 {
             let what =
                 "an image with an external data file has snapshots, which share its clusters uncounted";
             return Err(Error::unsupported(what).hint(RESCUE));
+        }
+        if let Some((what, at)) = overlap {
+            let what = format!("the {what} is used for something else as well");
+            return Err(Error::corrupt(what).offset(at.0).hint(RESCUE));
         }
         let state = &mut *self.state();
         let refcount_table = u64::from(header.refcount_table_clusters) << header.cluster_bits;
@@ -52,8 +56,8 @@ impl Writer {
             for at in range.step_by(header.cluster_size() as usize) {
                 let count = state.refcounts.of(HostOffset(at))?;
                 if count != 1 {
-                    let what = format!("the {what} is used for something else as well (refcount {count})");
-                    return Err(Error::corrupt(what).offset(at).hint(RESCUE));
+                    let what = format!("the {what} has a refcount of {count}, which is not 1");
+                    return Err(Error::corrupt(what).offset(at).hint(REPAIR));
                 }
             }
         }
