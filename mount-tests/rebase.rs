@@ -4,6 +4,7 @@
 //! `new`, the overlay `cow.qcow2`.
 
 mod compress;
+mod device;
 mod equal;
 mod random;
 mod reflink;

@@ -213,7 +213,12 @@ pub struct LoopDevice(String);
 
 impl LoopDevice {
     pub fn attach(file: &Path) -> Self {
-        let output = Command::new("losetup").args(["-f", "--show"]).arg(file).output();
+        Self::with(file, &[])
+    }
+
+    /// The same with these options of losetup.
+    pub fn with(file: &Path, options: &[&str]) -> Self {
+        let output = Command::new("losetup").args(["-f", "--show"]).args(options).arg(file).output();
         let Output { status, stdout, stderr } = output.expect("losetup is needed; scripts/test installs it");
         assert!(status.success(), "losetup {}: {}", file.display(), text(&stderr));
         Self(text(&stdout).trim().to_owned())

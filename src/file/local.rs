@@ -286,8 +286,16 @@ impl HostFile for LocalFile {
     }
 
     fn punch(&self, at: HostOffset, length: u64) -> Result<()> {
-        let punched = sys::punch_hole(&self.file, at.0, length);
-        punched.map_err(|e| self.failed(e, "cannot free the blocks", at.0))
+        let failed = |e| self.failed(e, "cannot free the blocks", at.0);
+        let (mut start, mut end) = (at.0, at.0 + length);
+        if self.identity.is_block_device() {
+            let sector = sys::sector_size(&self.file).map_err(failed)?.max(1);
+            (start, end) = (start.next_multiple_of(sector), end / sector * sector);
+        }
+        match start < end {
+            true => sys::punch_hole(&self.file, start, end - start).map_err(failed),
+            false => Ok(()),
+        }
     }
 
     fn sync(&self) -> Result<()> {

@@ -164,7 +164,8 @@ pub trait HostFile: fmt::Debug + Send + Sync {
     /// There is no space.
     fn allocate(&self, at: HostOffset, length: u64) -> Result<()>;
 
-    /// Frees the blocks of a range, which reads as zeros afterwards. The length stays.
+    /// Frees the blocks of a range, which read as zeros afterwards. The length stays. What shares a
+    /// sector of a block device with bytes outside of the range stays as it is.
     ///
     /// # Errors
     /// The file cannot be written.

@@ -103,6 +103,14 @@ pub fn punch_hole(file: &File, offset: u64, length: u64) -> io::Result<()> {
     check(unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, length) }).map(drop)
 }
 
+/// The unit in which a block device is read and written, in bytes.
+pub fn sector_size(device: &File) -> io::Result<u64> {
+    let mut size: libc::c_int = 0;
+    // SAFETY: the descriptor is open for as long as `device` is borrowed; `size` is what the call fills.
+    check(unsafe { libc::ioctl(device.as_raw_fd(), libc::BLKSSZGET as _, &raw mut size) })?;
+    u64::try_from(size).map_err(io::Error::other)
+}
+
 /// Begins to write back what the page cache holds of a file, and does not wait for it.
 pub fn start_writing_back(file: &File) -> io::Result<()> {
     // SAFETY: the descriptor is open for as long as `file` is borrowed; no memory is passed.

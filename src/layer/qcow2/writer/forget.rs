@@ -6,6 +6,7 @@
 //! guest overwrites or discards goes the same way.
 
 use std::collections::HashMap;
+use std::sync::atomic::Ordering;
 
 use crate::error::{Context, ErrorKind, Result};
 use crate::file::HostOffset;
@@ -138,33 +139,40 @@ impl Writer {
         if forgotten.has_compressed {
             state.staged.forget_clusters();
         }
-        for (at, length) in forgotten.ranges {
-            self.punch(at, length)?;
-        }
+        let mut holes = forgotten.ranges;
         for cluster in forgotten.clusters {
-            // Before it is released: nobody else can have it yet. A cluster that other
-            // compressed ones share stays.
+            // A cluster that other compressed ones share stays.
             if state.refcounts.of(cluster)? == 1 {
-                self.punch(cluster, self.header().cluster_size())?;
+                holes.push((cluster, self.header().cluster_size()));
             }
             state.refcounts.release(cluster, 1, 1)?;
         }
+        // Nobody else can have any of it yet: the state is ours.
+        self.punch_all(holes);
         Ok(())
     }
 
-    /// A file system that cannot punch holes keeps the space; the clusters are free all the same.
-    pub(super) fn punch(&self, at: HostOffset, length: u64) -> Result<()> {
-        match self.data_file.punch(at, length) {
-            Err(error) if error.kind() == ErrorKind::Unsupported => {
-                log::debug!("{error}");
-                Ok(())
+    /// Neighbours in one go: a cluster can be smaller than what a device frees.
+    fn punch_all(&self, mut holes: Vec<(HostOffset, u64)>) {
+        holes.sort_unstable();
+        let mut holes = holes.into_iter().peekable();
+        while let Some((at, mut length)) = holes.next() {
+            while let Some((_, more)) = holes.next_if(|(next, _)| *next == at + length) {
+                length += more;
             }
-            // A guest's write has come to its end: that its old place still takes space is no error of it.
-            Err(error) if self.is_live => {
-                log::warn!("{error}");
-                Ok(())
-            }
-            punched => punched,
+            self.punch(at, length);
+        }
+    }
+
+    /// Where holes cannot be punched the file keeps the space. Its clusters are free all the same, and
+    /// a guest's write has come to its end: it is no error. Says so once.
+    pub(super) fn punch(&self, at: HostOffset, length: u64) {
+        let Err(error) = self.data_file.punch(at, length) else { return };
+        let is_new = !self.has_failed_to_punch.swap(true, Ordering::Relaxed);
+        match error.kind() {
+            ErrorKind::Unsupported => log::debug!("{error}"),
+            _ if is_new => log::warn!("{error}: the file keeps this space, and perhaps more of it"),
+            _ => log::debug!("{error}"),
         }
     }
 }

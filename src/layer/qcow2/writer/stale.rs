@@ -32,12 +32,15 @@ impl Writer {
         for bitmap in &bitmaps {
             let flags = bitmap.flags | Bitmap::IN_USE;
             self.file.write_at(HostOffset(bitmap.entry_offset + Bitmap::FLAGS), &flags.to_be_bytes())?;
-            log::warn!(
-                "{}: bitmap '{}' does not record what is written here, and is marked as in use",
-                self.file.path().display(),
-                bitmap.name
-            );
         }
-        if bitmaps.is_empty() { Ok(()) } else { self.file.sync() }
+        let Some(first) = bitmaps.first() else { return Ok(()) };
+        // One line: an image can have 65,535 of them.
+        log::warn!(
+            "{}: bitmap '{}' does not record what is written here, and is marked as in use (1 of {})",
+            self.file.path().display(),
+            first.name,
+            bitmaps.len()
+        );
+        self.file.sync()
     }
 }

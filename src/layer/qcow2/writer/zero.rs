@@ -80,7 +80,7 @@ impl Writer {
         self.write_zeros(view, start, end)?;
         if self.header().has_data_file() && may_unmap {
             // They are zeros now, and these need no space.
-            self.punch(HostOffset(start), end - start)?;
+            self.punch(HostOffset(start), end - start);
         }
         Ok(())
     }
