@@ -6,6 +6,7 @@
 mod compress;
 mod device;
 mod equal;
+mod names;
 mod random;
 mod reflink;
 mod traps;

@@ -3,6 +3,7 @@
 //! A chain is a list, never a recursive type: rebase must be able to say that a new backing file
 //! is already in it. Reading is a loop over [`Chain::extent_at`].
 
+mod block_options;
 pub(crate) mod compare;
 mod extents;
 mod grow;
@@ -18,7 +19,7 @@ use std::sync::Arc;
 
 pub use extents::Extents;
 pub use map::MapEntry;
-pub(crate) use name::{is_inside, resolve};
+pub(crate) use name::{format_to_record, is_inside, refuse_what_qemu_cannot_open, resolve};
 pub(crate) use open::place_of;
 pub use open::{Guess, MAX_DEPTH, Opener};
 pub(crate) use payload::Payloads;
@@ -26,7 +27,7 @@ pub(crate) use watch::{Change, Watch, Way};
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::file::{Access, HostFile, HostOffset, Identity, Place};
-use crate::layer::{Detail, Extent, ExtentKind, GuestOffset, GuestView, Layer, Zeros};
+use crate::layer::{Compressed, Detail, Extent, ExtentKind, GuestOffset, GuestView, Layer, Zeros};
 use owners::{FEWEST_LAYERS, Owners};
 
 /// The layers of an image, top first. Never changed once made: a rebase makes another chain.
@@ -56,9 +57,9 @@ pub(crate) enum Source {
     Zero,
     /// Bytes of this host file from this offset on.
     Bytes(Identity, HostOffset),
-    /// Inside the compressed cluster at this offset of this host file, so many bytes from the
-    /// beginning of the inflated cluster.
-    Compressed(Identity, HostOffset, u32),
+    /// Inside a compressed cluster of this host file. One and the same cluster: whatever comes of reading
+    /// it, bytes or an error, comes of it in both chains.
+    Compressed(Identity, Compressed),
 }
 
 impl Source {
@@ -69,7 +70,9 @@ impl Source {
             Self::Zero => Self::Zero,
             Self::Bytes(file, host) => Self::Bytes(file, host + bytes),
             // An extent of a compressed cluster never leaves the cluster.
-            Self::Compressed(file, at, skip) => Self::Compressed(file, at, skip + bytes as u32),
+            Self::Compressed(file, place) => {
+                Self::Compressed(file, Compressed { skip: place.skip + bytes as u32, ..place })
+            }
         }
     }
 }
@@ -211,7 +214,7 @@ impl Chain {
         let source = match (owned.extent.kind, layer) {
             (ExtentKind::Data(host), Some(layer)) => Source::Bytes(layer.data_file().identity(), host),
             (ExtentKind::Compressed(place), Some(layer)) => {
-                Source::Compressed(layer.file().identity(), place.at, place.skip)
+                Source::Compressed(layer.file().identity(), place)
             }
             _ => Source::Zero,
         };

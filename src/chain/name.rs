@@ -6,8 +6,7 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
-
+use super::block_options::BlockOptions;
 use crate::error::{Error, Result};
 use crate::layer::{Format, Reference};
 
@@ -37,24 +36,60 @@ impl Location {
 /// Resolves what the image at `image` (as typed) says of another file: an absolute path, a path
 /// relative to the image's directory, `file:PATH`, or `json:{…}` with a local file. A name with a
 /// colon before any slash is taken for a protocol, as QEMU does; `./a:b` is a file.
+///
+/// # Errors
+/// The name leads to no local file, or says something else than the format recorded beside it.
 pub fn resolve(image: &Path, reference: &Reference) -> Result<Location> {
     let name = reference.name.as_bytes();
-    let (path, format) = local_path(name).map_err(|e| e.path(image))?;
+    let Local { path, driver, .. } = local(name, reference.format.as_deref()).map_err(|e| e.path(image))?;
     // Seen with QEMU 10: a name with any prefix counts as absolute and is left as it is.
     let has_prefix = path.as_os_str().as_bytes() != name;
-    let format = match format {
-        JsonFormat::Named(name) => Some(name),
-        JsonFormat::Unsaid => reference.format.clone(),
-        JsonFormat::Protocol => reference.format.clone().or_else(|| Some(Format::Raw.to_string())),
-    };
+    let format = reference.format.clone().or(driver);
     Ok(Location { format, ..beside(image, path, has_prefix) })
 }
 
 /// Resolves what the image at `image` (as typed) says of its external data file. QEMU takes it
 /// from the current directory.
+///
+/// # Errors
+/// The name leads to no local file, or to one that is not read as it is.
 pub fn resolve_data_file(image: &Path, reference: &Reference) -> Result<Location> {
-    let (path, _) = local_path(reference.name.as_bytes()).map_err(|e| e.path(image))?;
+    let Local { path, driver, .. } = local(reference.name.as_bytes(), None).map_err(|e| e.path(image))?;
+    match driver.as_deref() {
+        None | Some("raw" | FILE | HOST_DEVICE) => {}
+        Some(driver) => {
+            let what = format!("its external data file is to be read by driver '{driver}'");
+            return Err(Error::unsupported(what).path(image));
+        }
+    }
     Ok(Location { format: reference.format.clone(), ..beside(image, path, true) })
+}
+
+/// The format to be recorded with a name where nobody has given one: the driver that the name asks for,
+/// or else that of the layer which was found there.
+pub(crate) fn format_to_record(reference: &Reference, found: Format) -> String {
+    let asked = local(reference.name.as_bytes(), None).ok().and_then(|local| local.driver);
+    asked.unwrap_or_else(|| found.to_string())
+}
+
+/// Refuses a backing file, opened, that QEMU could not open by this name and this format: its drivers
+/// `file` and `host_device` take regular files only, and devices only.
+///
+/// # Errors
+/// The name contradicts the format, or asks for a driver that does not take such a file.
+pub(crate) fn refuse_what_qemu_cannot_open(reference: &Reference, is_device: bool) -> Result<()> {
+    let format = reference.format.as_deref();
+    let Local { protocol, has_file_prefix, .. } = local(reference.name.as_bytes(), format)?;
+    let what = match (protocol.as_deref(), is_device) {
+        (Some(FILE), true) => "driver 'file' is for regular files, and this is a device".to_owned(),
+        (Some(HOST_DEVICE), false) => "driver 'host_device' is for devices, and this is a file".to_owned(),
+        (Some(HOST_DEVICE), _) if has_file_prefix => {
+            "driver 'host_device' takes 'file:' for a part of the name".to_owned()
+        }
+        _ => return Ok(()),
+    };
+    Err(Error::invalid(format!("'{}': {what}: QEMU could not open the image", reference.name.display()))
+        .hint(PLAINLY))
 }
 
 /// `path` in the directory of `image`; or in the current one, if QEMU looks there.
@@ -66,74 +101,53 @@ fn beside(image: &Path, path: PathBuf, qemu_looks_elsewhere: bool) -> Location {
     Location { path: here, name: path, from_current_directory, format: None }
 }
 
-/// The path that a stored name stands for.
-fn local_path(name: &[u8]) -> Result<(PathBuf, JsonFormat)> {
+/// QEMU's drivers for local files, whose bytes they give as they are.
+const FILE: &str = "file";
+const HOST_DEVICE: &str = "host_device";
+
+/// A stored name that leads to a local file.
+pub(super) struct Local {
+    pub(super) path: PathBuf,
+    /// The driver that the name itself asks for.
+    pub(super) driver: Option<String>,
+    /// The driver by which QEMU opens the file itself, where it does not choose one.
+    pub(super) protocol: Option<String>,
+    /// Whether it is written `file:PATH`.
+    pub(super) has_file_prefix: bool,
+}
+
+/// What a name says that an image stores with this format.
+fn local(name: &[u8], format: Option<&str>) -> Result<Local> {
     if let Some(json) = name.strip_prefix(b"json:") {
-        from_json(json)
-    } else if let Some(path) = name.strip_prefix(b"file:") {
-        Ok((PathBuf::from(OsStr::from_bytes(path)), JsonFormat::Unsaid))
-    } else if let Some(protocol) = protocol(name) {
+        return BlockOptions::parse(json)
+            .and_then(|options| options.local(format))
+            .map_err(|(kind, why)| Error::new(kind, format!("backing file 'json:…': {why}")).hint(PLAINLY));
+    }
+    if let Some(protocol) = protocol(name) {
         let name = OsStr::from_bytes(name).display();
         let what = format!("'{name}' is not a local file: protocol '{protocol}' is not supported");
-        Err(Error::unsupported(what).hint("a file with a colon in its name is written `./NAME`"))
-    } else {
-        Ok((PathBuf::from(OsStr::from_bytes(name)), JsonFormat::Unsaid))
+        return Err(Error::unsupported(what).hint("a file with a colon in its name is written `./NAME`"));
     }
+    let path = name.strip_prefix(b"file:");
+    Ok(Local {
+        path: OsStr::from_bytes(path.unwrap_or(name)).into(),
+        driver: None,
+        protocol: format.filter(|format| is_protocol(format)).map(str::to_owned),
+        has_file_prefix: path.is_some(),
+    })
 }
 
-/// The protocol of a name, if it has one.
+const PLAINLY: &str = "name the file itself, and its format: `-b FILE -F FORMAT`";
+
+pub(super) fn is_protocol(driver: &str) -> bool {
+    matches!(driver, FILE | HOST_DEVICE)
+}
+
+/// The protocol of a name, if it has one that is not `file`.
 fn protocol(name: &[u8]) -> Option<String> {
     let end = name.iter().position(|byte| matches!(byte, b':' | b'/'))?;
-    (name[end] == b':').then(|| String::from_utf8_lossy(&name[..end]).into_owned())
-}
-
-/// `{"driver": "qcow2", "file": {"driver": "file", "filename": "base.qcow2"}}`, and what QEMU
-/// flattens of it (`"file.filename"`). Options that we do not know are refused: they may change
-/// what the guest sees.
-fn from_json(text: &[u8]) -> Result<(PathBuf, JsonFormat)> {
-    let not_valid = |why: String| Error::unsupported(format!("backing file 'json:…': {why}"));
-    let value: Value = serde_json::from_slice(text).map_err(|e| not_valid(e.to_string()))?;
-    let mut found = JsonFile::default();
-    found.collect("", &value).map_err(not_valid)?;
-    let path = found.filename.ok_or_else(|| not_valid("names no file".to_owned()))?;
-    Ok((path, found.format))
-}
-
-/// What a name says of the format.
-#[derive(Default)]
-enum JsonFormat {
-    /// Nothing.
-    #[default]
-    Unsaid,
-    /// The bytes of a file as they are, unless the image that names it knows better.
-    Protocol,
-    /// This one.
-    Named(String),
-}
-
-#[derive(Default)]
-struct JsonFile {
-    filename: Option<PathBuf>,
-    format: JsonFormat,
-}
-
-impl JsonFile {
-    fn collect(&mut self, key: &str, value: &Value) -> std::result::Result<(), String> {
-        if let Value::Object(members) = value {
-            return members.iter().try_for_each(|(name, value)| {
-                let key = if key.is_empty() { name.clone() } else { format!("{key}.{name}") };
-                self.collect(&key, value)
-            });
-        }
-        match (key, value.as_str()) {
-            ("file.filename" | "filename", Some(name)) => self.filename = Some(name.into()),
-            ("driver", Some("file" | "host_device")) => self.format = JsonFormat::Protocol,
-            ("driver", Some(name)) => self.format = JsonFormat::Named(name.to_owned()),
-            ("file.driver", Some("file" | "host_device")) => {}
-            _ => return Err(format!("'{key}': {value} is not supported")),
-        }
-        Ok(())
-    }
+    let protocol = &name[..end];
+    (name[end] == b':' && protocol != b"file").then(|| String::from_utf8_lossy(protocol).into_owned())
 }
 
 /// Whether `path` lies inside `directory`, by name.

@@ -9,7 +9,7 @@ use clap::Args;
 use super::format_options::FormatOptions;
 use super::options::Refused;
 use super::print::print;
-use crate::chain::{Opener, resolve};
+use crate::chain::{Opener, format_to_record, refuse_what_qemu_cannot_open, resolve};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::file::{HostFile, Identity, LocalFile};
 use crate::layer::qcow2::create::{Preallocation, Spec, create, write_zeros};
@@ -120,6 +120,9 @@ impl Arguments {
     /// Takes from the backing file what was not given: its format, its size.
     fn look_at_backing(&self, file: &Path, backing: &Reference, options: &mut FormatOptions) -> Result<()> {
         if self.backing_unsafe {
+            if let Err(error) = resolve(file, backing) {
+                log::warn!("{error}: its name is recorded all the same");
+            }
             return match backing.format {
                 Some(_) => Ok(()),
                 None => Err(Error::invalid("with -u, the format of the backing file is needed")
@@ -128,7 +131,10 @@ impl Arguments {
         }
         let chain = Opener::new().backing_chain(file, Some(backing))?;
         if let Some(top) = chain.top() {
-            options.set("backing_fmt", top.format().to_string());
+            let format = backing.format.clone().unwrap_or_else(|| format_to_record(backing, top.format()));
+            let recorded = Reference { format: Some(format.clone()), ..backing.clone() };
+            refuse_what_qemu_cannot_open(&recorded, top.file().identity().is_block_device())?;
+            options.set("backing_fmt", format);
         }
         if options.find("size").is_none() {
             options.set("size", chain.virtual_size().to_string());

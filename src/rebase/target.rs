@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::open_for_writing::{LEAVE_NAMES, refuse_renamed};
 use super::{Mode, Request};
-use crate::chain::{Chain, Opener, place_of};
+use crate::chain::{Chain, Opener, format_to_record, place_of, refuse_what_qemu_cannot_open};
 use crate::error::{Error, ErrorKind, Result};
 use crate::file::Identity;
 use crate::layer::{Format, Layer, Reference};
@@ -38,9 +38,11 @@ impl Target {
         refuse_loop(top, &chain, backing)?;
         refuse_shared_files(top, &chain)?;
         let format = match (&backing.format, chain.top()) {
-            (None, Some(layer)) => Some(layer.format().to_string()),
+            (None, Some(layer)) => Some(format_to_record(backing, layer.format())),
             (format, _) => format.clone(),
         };
+        let backing = Reference { format, ..backing.clone() };
+        refuse_unopenable(&chain, &backing, request.mode)?;
         if let Some(warning) = header_shown_to_guest(&chain) {
             match request.mode {
                 Mode::Safe => log::warn!("{warning}"),
@@ -50,7 +52,7 @@ impl Target {
         if request.mode == Mode::Unsafe {
             warn_of_other_size(top, opener, &chain);
         }
-        Ok(Self { backing: Some(Reference { format, ..backing.clone() }), chain })
+        Ok(Self { backing: Some(backing), chain })
     }
 
     /// The last look before the name is recorded: by the path of the image, as QEMU is going to look for it,
@@ -97,6 +99,20 @@ fn record_unopened(
     }
     log::warn!(target: UNVERIFIED, "{error}: its name is recorded all the same, nothing could be verified");
     Ok(Chain::unopened(&error))
+}
+
+/// What QEMU could not open by the name that is recorded is no backing file; who records it all the same
+/// is told.
+fn refuse_unopenable(chain: &Chain, backing: &Reference, mode: Mode) -> Result<()> {
+    let Some(layer) = chain.top() else { return Ok(()) };
+    let is_device = layer.file().identity().is_block_device();
+    match (refuse_what_qemu_cannot_open(backing, is_device), mode) {
+        (Err(error), Mode::Unsafe) => {
+            log::warn!(target: UNVERIFIED, "{error}: it is recorded all the same");
+            Ok(())
+        }
+        (result, _) => result,
+    }
 }
 
 /// The overlay must not stand on itself.
