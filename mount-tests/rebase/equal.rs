@@ -1,5 +1,5 @@
-//! Equal without being read, or without being inflated: what is equal is found, what differs is
-//! never taken for equal.
+//! Equal without being read: what is equal is found, what differs is never taken for equal, nor is what
+//! cannot be read.
 
 use super::{CLUSTER, backing_of, rebase_keeps_everything};
 use crate::scratch::Scratch;
@@ -56,9 +56,22 @@ fn only_the_clusters_that_differ_are_copied_from_compressed_images() {
     scratch.same("cow.qcow2", "old");
 }
 
-/// Nobody could inflate them to see.
+/// The rebase fails, as qemu-img's does, and the image is bit for bit what it was.
+fn is_refused_and_unchanged(scratch: &Scratch, new: &str, words: &str) {
+    let image = std::fs::read(scratch.path("cow.qcow2")).unwrap();
+    std::fs::copy(scratch.path("cow.qcow2"), scratch.path("qemu.qcow2")).unwrap();
+    let theirs = scratch.run("qemu-img", &format!("rebase -f qcow2 -b {new} -F qcow2 qemu.qcow2"));
+    assert_ne!(theirs.code, Some(0));
+    for verb in ["rebase", "rebase --dry-run"] {
+        let said = scratch.rebasefs_fails(1, &format!("{verb} -b {new} -F qcow2 cow.qcow2"));
+        assert!(said.contains(words), "{said}");
+    }
+    assert!(std::fs::read(scratch.path("cow.qcow2")).unwrap() == image, "the image has changed");
+}
+
+/// A cluster that neither chain can read is not equal to anything.
 #[test]
-fn equal_payloads_are_not_inflated() {
+fn equal_payloads_are_equal_only_if_they_can_be_inflated() {
     let scratch = compressed(["cluster_size=64k"; 2], "cluster_size=64k", &[]);
     for name in ["old", "new"] {
         let map = scratch.qemu_img(&format!("map --output=json {name}"));
@@ -67,9 +80,83 @@ fn equal_payloads_are_not_inflated() {
         // The payloads are the end of the file.
         scratch.poke(name, bytes.len() as u64 - 4096, &[0xff; 2048]);
     }
-    scratch.rebasefs("rebase -b new -F qcow2 cow.qcow2");
-    assert_eq!(backing_of(&scratch, "cow.qcow2").0.as_deref(), Some("new"));
-    scratch.check_clean("cow.qcow2");
+    is_refused_and_unchanged(&scratch, "new", "the compressed cluster");
+}
+
+/// Where the first L2 entry of an image lies, and what it is: one of a compressed cluster of 64 KiB.
+fn first_entry(bytes: &[u8]) -> (usize, u64) {
+    let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
+    let l2 = word(word(40) as usize) & 0x00ff_ffff_ffff_fe00;
+    let entry = word(l2 as usize);
+    assert!(entry >> 62 & 1 == 1, "{entry:#x} is no compressed cluster");
+    (l2 as usize, entry)
+}
+
+const OFFSET: u64 = (1 << 54) - 1;
+
+/// The payload of the first cluster, once more, with an entry whose place ends `short` bytes before it
+/// would if the last sector were recorded, too.
+fn move_payload(scratch: &Scratch, name: &str, short: u64) {
+    let mut bytes = std::fs::read(scratch.path(name)).unwrap();
+    let (at, entry) = first_entry(&bytes);
+    let offset = (entry & OFFSET) as usize;
+    let size = ((entry >> 54 & 0xff) + 1) * 512 - (offset % 512) as u64;
+    let payload = bytes[offset..(offset + size as usize).min(bytes.len())].to_vec();
+    let wanted = size - short;
+    // Its place ends where a sector does.
+    let start = (bytes.len() as u64 + wanted).next_multiple_of(512) - wanted;
+    bytes.resize(start as usize, 0);
+    bytes.extend(payload);
+    let sectors = (start + wanted) / 512 - start / 512;
+    let entry = 1 << 62 | (sectors - 1) << 54 | start;
+    bytes[at..at + 8].copy_from_slice(&entry.to_be_bytes());
+    scratch.write(name, &bytes);
+}
+
+#[test]
+fn a_payload_whose_place_is_recorded_too_short_is_not_equal_to_one_that_can_be_read() {
+    let scratch = compressed(["cluster_size=64k"; 2], "cluster_size=64k", &[]);
+    move_payload(&scratch, "new", 0);
+    scratch.same("old", "new");
+    move_payload(&scratch, "new", 511);
+    assert_ne!(scratch.run("qemu-img", "compare old new").code, Some(0), "QEMU reads it");
+    is_refused_and_unchanged(&scratch, "new", "compressed cluster");
+}
+
+/// What an image reads is not to depend on what was read before.
+#[test]
+fn a_place_that_is_too_short_stays_so_when_a_longer_one_was_read_from_there() {
+    let scratch = compressed(["cluster_size=64k"; 2], "cluster_size=64k", &[]);
+    let mut bytes = std::fs::read(scratch.path("old")).unwrap();
+    let (at, entry) = first_entry(&bytes);
+    // The second cluster begins where the first one does, and has its first sector alone.
+    bytes[at + 8..at + 16].copy_from_slice(&(1 << 62 | entry & OFFSET).to_be_bytes());
+    scratch.write("old", &bytes);
+    scratch.qemu_io("qcow2", "old", &["read 0 64k"]);
+    let theirs = scratch.run_args("qemu-io", &["-r", "-f", "qcow2", "-c", "read 64k 64k", "old"]);
+    assert!((theirs.stdout + &theirs.stderr).contains("Input/output error"));
+    let chain = rebasefs::Chain::open(scratch.path("old")).unwrap();
+    let mut cluster = vec![0; CLUSTER];
+    chain.read_at(rebasefs::GuestOffset(0), &mut cluster).unwrap();
+    chain.read_at(rebasefs::GuestOffset(CLUSTER as u64), &mut cluster).unwrap_err();
+}
+
+/// A cluster that both take from one file reads as before, whatever comes of it: bytes or an error.
+#[test]
+fn a_damaged_cluster_that_both_chains_share_is_no_reason_to_refuse() {
+    let scratch = compressed(["cluster_size=64k"; 2], "cluster_size=64k", &[]);
+    for name in ["one", "two"] {
+        scratch.qemu_img(&format!("create -q -f qcow2 -b old -F qcow2 {name}"));
+    }
+    scratch.qemu_img("rebase -u -f qcow2 -b one -F qcow2 cow.qcow2");
+    let length = std::fs::metadata(scratch.path("old")).unwrap().len();
+    scratch.poke("old", length - 4096, &[0xff; 2048]);
+    scratch.rebasefs("rebase -b two -F qcow2 cow.qcow2");
+    assert_eq!(backing_of(&scratch, "cow.qcow2").0.as_deref(), Some("two"));
+    // But nobody can say that two disks are the same which cannot be read.
+    let (ours, theirs) = ("compare -f qcow2 -F qcow2 one two", "compare one two");
+    let codes = [scratch.run(crate::scratch::rebasefs(), ours), scratch.run("qemu-img", theirs)];
+    assert_eq!(codes.map(|ended| ended.code), [Some(4); 2]);
 }
 
 /// How a stretch of a raw file can be stored. What reads as zeros can be three things.

@@ -75,7 +75,8 @@ impl Comparison<'_> {
         }
         let first = self.first.source_at(at, length, Detail::Holes).map_err(Trouble::Metadata)?;
         let second = self.second.source_at(at, first.1, Detail::Holes).map_err(Trouble::Metadata)?;
-        if first.0 == second.0 {
+        // The same compressed cluster is nothing that reads alike before it is known to read.
+        if first.0 == second.0 && !matches!(first.0, Source::Compressed(..)) {
             return Ok((Verdict::Same, second.1));
         }
         let length = second.1.min(CHUNK);

@@ -1,4 +1,5 @@
-//! Equal compressed clusters, told by their payloads: nothing is inflated.
+//! Equal compressed clusters, told by their payloads: at most one of two is inflated, and not for its
+//! bytes, but to see that it can be.
 
 use super::Chain;
 use crate::error::Result;
@@ -13,6 +14,7 @@ const SECTOR: u32 = 512;
 pub struct Payloads {
     first: Vec<u8>,
     second: Vec<u8>,
+    cluster: Vec<u8>,
 }
 
 impl Payloads {
@@ -21,8 +23,11 @@ impl Payloads {
     ///
     /// A payload is known to its last sector only, what follows it there may be another one's.
     /// So places that agree as far as the shorter one reaches, and whose lengths differ by less
-    /// than a sector, hold the same stream. Of a cluster whose place is recorded too short, which
-    /// cannot be read, that may be said too.
+    /// than a sector, hold the same stream, if the shorter one holds it as a whole.
+    ///
+    /// # Errors
+    /// A file cannot be read; or the payload is no stream, or its place is recorded too short: then one
+    /// of the two chains cannot be read there, and equal is nothing that a reader could see.
     pub fn are_equal(
         &mut self,
         (first, second): (&Chain, &Chain),
@@ -48,8 +53,17 @@ impl Payloads {
         }
         let shorter = place.size.min(other_place.size) as usize;
         let payload = read(layer, place, shorter, &mut self.first)?;
-        let is_equal = payload == read(other_layer, other_place, shorter, &mut self.second)?;
-        Ok((is_equal, length))
+        if payload != read(other_layer, other_place, shorter, &mut self.second)? {
+            return Ok((false, length));
+        }
+        // What comes of the shorter one comes of the other.
+        let (layer, place) = match place.size <= other_place.size {
+            true => (layer, place),
+            false => (other_layer, other_place),
+        };
+        self.cluster.resize(length as usize, 0);
+        layer.read_compressed(place, &mut self.cluster)?;
+        Ok((true, length))
     }
 }
 

@@ -439,7 +439,7 @@ impl Layer for Qcow2 {
             Ok(cluster.into())
         };
         let number = self.staged.as_ref().map_or(self.number, |(staged, _)| staged.cluster_number());
-        let cluster = self.cache.cluster(number, place.at, inflate)?;
+        let cluster = self.cache.cluster(number, (place.at, place.size), inflate)?;
         let skip = place.skip as usize;
         buffer.copy_from_slice(&cluster[skip..skip + buffer.len()]);
         Ok(())

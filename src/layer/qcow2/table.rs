@@ -17,13 +17,15 @@ pub const SLICE_BYTES: u64 = SLICE as u64;
 
 /// What is remembered is named by the layer (a number of its own) and the host offset.
 type Key = (u64, HostOffset);
+/// The same of an inflated cluster, with the size of its payload in bytes.
+type ClusterKey = (u64, HostOffset, u32);
 
 /// Pieces of L2 tables and inflated clusters of all the layers that share it, at most so many
 /// bytes of each.
 #[derive(Debug)]
 pub struct TableCache {
     slices: Cache<Key, Arc<L2Slice>, Bytes>,
-    clusters: Cache<Key, Arc<[u8]>, Bytes>,
+    clusters: Cache<ClusterKey, Arc<[u8]>, Bytes>,
 }
 
 #[derive(Clone, Debug)]
@@ -35,8 +37,8 @@ impl Weighter<Key, Arc<L2Slice>> for Bytes {
     }
 }
 
-impl Weighter<Key, Arc<[u8]>> for Bytes {
-    fn weight(&self, _: &Key, cluster: &Arc<[u8]>) -> u64 {
+impl Weighter<ClusterKey, Arc<[u8]>> for Bytes {
+    fn weight(&self, _: &ClusterKey, cluster: &Arc<[u8]>) -> u64 {
         cluster.len() as u64
     }
 }
@@ -77,15 +79,16 @@ impl TableCache {
         })
     }
 
-    /// The inflated cluster at `at`, from memory or from `inflate`: once, also when several
-    /// readers ask at the same time.
+    /// The inflated cluster at `at` with a payload of at most `size` bytes, from memory or from
+    /// `inflate`: once, also when several readers ask at the same time. What a longer payload became says
+    /// nothing of a place that is recorded too short.
     pub(crate) fn cluster(
         &self,
         layer: u64,
-        at: HostOffset,
+        (at, size): (HostOffset, u32),
         inflate: impl FnOnce() -> Result<Arc<[u8]>>,
     ) -> Result<Arc<[u8]>> {
-        self.clusters.get_or_insert_with(&(layer, at), inflate)
+        self.clusters.get_or_insert_with(&(layer, at, size), inflate)
     }
 }
 
@@ -172,7 +175,7 @@ mod tests {
         let mut inflated = 0;
         for _ in 0..10 {
             for number in 0..2 {
-                let cluster = cache.cluster(0, HostOffset(number << 21), || {
+                let cluster = cache.cluster(0, (HostOffset(number << 21), 512), || {
                     inflated += 1;
                     Ok(vec![0; 2 << 20].into())
                 });

@@ -11,6 +11,7 @@ use super::{Difference, find};
 use crate::chain::Chain;
 use crate::error::{Error, ErrorKind, Result};
 use crate::file::Stamp;
+use crate::layer::{Detail, GuestOffset};
 use crate::rebase::unchanged::LEAVE_ALONE;
 use crate::rebase::{Phase, Progress};
 
@@ -138,7 +139,12 @@ impl Differences {
     /// what was found cannot be saved.
     pub(crate) fn between(&self, old: &Chain, new: &Chain) -> Result<Arc<Difference>> {
         let keys = (ChainKey::of(old), ChainKey::of(new));
-        if keys.0 == keys.1 {
+        // A chain that could not be opened has no layers either, and reads as no zeros.
+        let broken = [old, new].into_iter().find(|chain| chain.broken_off().is_some());
+        if let Some(chain) = broken {
+            chain.extent_at(GuestOffset(0), 1, Detail::Owner)?;
+        }
+        if broken.is_none() && keys.0 == keys.1 {
             return Ok(Arc::default());
         }
         let entry = lock(&self.known).entry(keys).or_default().clone();
@@ -257,6 +263,14 @@ mod tests {
         file.set_len((1 << 20) + 512).unwrap();
         let error = differences.between(&old, &new).unwrap_err();
         assert_eq!((error.kind(), error.file()), (ErrorKind::Busy, Some(&*directory.path().join("new"))));
+    }
+
+    #[test]
+    fn a_chain_that_could_not_be_opened_is_not_equal_to_none() {
+        let broken = Chain::unopened(&Error::new(ErrorKind::NotFound, "gone"));
+        let error = Differences::default().between(&broken, &broken).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
+        Differences::default().between(&broken, &Chain::default()).unwrap_err();
     }
 
     #[test]
