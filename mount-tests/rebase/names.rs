@@ -160,7 +160,7 @@ fn a_mere_change_of_the_name_warns_of_what_qemu_cannot_open() {
         ("file", "%", "is for regular files"),
     ] {
         let name = spelled(&s, &device, name);
-        let ended = run(&s, &["rebase", "-u"], Some(format), &name, &["cow.qcow2"]);
+        let ended = run(&s, &["-v", "rebase", "-u"], Some(format), &name, &["cow.qcow2"]);
         assert_eq!(ended.code, Some(0), "{}", ended.stderr);
         assert!(
             ended.stderr.contains(words) && ended.stderr.contains("recorded all the same"),
