@@ -5,6 +5,7 @@
 use std::os::unix::fs::symlink;
 
 use super::{CLUSTER, backing_of, held, rebase_keeps_everything, three};
+use crate::mounted::Mounted;
 use crate::scratch::{Ended, Scratch, rebasefs};
 
 fn read(scratch: &Scratch, name: &str) -> Vec<u8> {
@@ -100,6 +101,55 @@ fn trap_10_a_qcow2_file_called_raw_is_warned_of_in_unsafe_mode_and_harmless_in_s
     assert!(said.contains("is that the same disk?"), "{said}");
     // QEMU does the same without a word, and this is what the guest gets.
     assert!(scratch.guest_bytes("qcow2", "cow.qcow2").starts_with(b"QFI\xfb"));
+}
+
+/// Somebody has downloaded the wrong thing, or half of it; or a guest wrote a header into its raw disk.
+#[test]
+fn a_format_is_not_guessed_where_name_and_content_disagree() {
+    let scratch = three("compat=1.1", "11 11", "22 11", "-- --");
+    scratch.ok("cp", "new named.qcow2");
+    scratch.ok("cp", "new flat.VMDK");
+    scratch.write("empty.qcow2", b"");
+    scratch.qemu_img("convert -f raw -O qcow2 new named.raw");
+    scratch.qemu_img("convert -f raw -O qcow2 new named.vdi");
+    scratch.ok("mkdir", "mnt");
+    let before = read(&scratch, "cow.qcow2");
+    for (name, words) in [
+        ("named.qcow2", "by its name it is qcow2, but by its content raw"),
+        ("flat.VMDK", "by its name it is vmdk, but by its content raw"),
+        ("empty.qcow2", "by its name it is qcow2, but by its content raw"),
+        ("named.raw", "by its name it is raw, but by its content qcow2"),
+        ("named.vdi", "by its name it is vdi, but by its content qcow2"),
+    ] {
+        for line in [
+            format!("rebase -b {name} cow.qcow2"),
+            format!("rebase -u -b {name} cow.qcow2"),
+            format!("rebase --dry-run -b {name} cow.qcow2"),
+            format!("rebase -b ./{name} cow.qcow2 cow.qcow2.other"),
+            format!("create -f qcow2 -b {name} made.qcow2"),
+            format!("mount {name} mnt"),
+        ] {
+            let said = scratch.rebasefs_fails(1, &line);
+            assert!(said.contains(&format!("{name}: {words}")), "{line}: {said}");
+        }
+        // Those who only look show what QEMU shows.
+        for line in
+            [format!("info -U {name}"), format!("map --output=json {name}"), format!("compare {name} new")]
+        {
+            let (ours, theirs) = (scratch.run(rebasefs(), &line), scratch.run("qemu-img", &line));
+            assert_eq!((ours.code, ours.stdout), (theirs.code, theirs.stdout), "{line}");
+        }
+    }
+    assert!(before == read(&scratch, "cow.qcow2") && !scratch.path("made.qcow2").exists());
+    let mounted = Mounted::new(&scratch, "cow.qcow2");
+    let error = mounted.rebase("named.qcow2").unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::Unsupported, "{error}");
+    std::fs::write(mounted.path("ctl/rebase"), "-F raw -b named.qcow2\n").unwrap();
+    mounted.unmount();
+    assert_eq!(backing_of(&scratch, "cow.qcow2"), (Some("named.qcow2".into()), Some("raw".into())));
+    rebase_keeps_everything(&scratch, "-F qcow2 -b named.raw", &["named.qcow2", "named.raw"]);
+    scratch.rebasefs("create -q -f qcow2 -b named.qcow2 -F raw made.qcow2");
+    scratch.rebasefs("create -q -f qcow2 -b named.vdi -F qcow2 made.qcow2");
 }
 
 #[test]

@@ -54,6 +54,8 @@ pub enum Guess {
 pub struct Opener {
     guess: Guess,
     locking: bool,
+    /// Whether the name of the first image of a chain must agree with its content.
+    believes_names: bool,
     /// Files on this device are refused: they lie inside our own mount.
     forbidden_device: Option<u64>,
     tables: Arc<TableCache>,
@@ -108,6 +110,8 @@ struct Step {
     cache: CacheMode,
     /// Whether a person named the file, not an image.
     is_typed: bool,
+    /// Whether a format that is recognised must agree with the name.
+    believes_name: bool,
     /// Whether its directory is wanted later: names that it is going to hold are relative to that.
     keeps_directory: bool,
 }
@@ -116,7 +120,15 @@ impl Step {
     /// The first of a chain, by the name that a person gives it.
     fn typed(path: &Path, format: Option<Format>, access: Access, cache: CacheMode) -> Self {
         let location = Location::typed(path, format);
-        Self { location, from: None, access, cache, is_typed: true, keeps_directory: true }
+        Self {
+            location,
+            from: None,
+            access,
+            cache,
+            is_typed: true,
+            believes_name: false,
+            keeps_directory: true,
+        }
     }
 }
 
@@ -132,6 +144,7 @@ impl Opener {
         Self {
             guess: Guess::default(),
             locking: true,
+            believes_names: false,
             forbidden_device: None,
             tables: TableCache::new(),
             caching: Default::default(),
@@ -149,6 +162,13 @@ impl Opener {
     #[must_use]
     pub fn force_share(self) -> Self {
         Self { locking: false, ..self }
+    }
+
+    /// Refuses to recognise the first image of a chain where its name promises another format than its
+    /// content. Of a backing file that a person names it is always refused.
+    #[must_use]
+    pub(crate) fn believe_names(self) -> Self {
+        Self { believes_names: true, ..self }
     }
 
     /// Sets how images are cached: the one that a chain begins with, and those below it.
@@ -181,7 +201,8 @@ impl Opener {
     /// # Errors
     /// As [`Chain::open`].
     pub fn chain(&self, path: &Path, format: Option<Format>, access: Access) -> Result<Chain> {
-        self.walk(Step::typed(path, format, access, self.caching.0), None)
+        let first = Step::typed(path, format, access, self.caching.0);
+        self.walk(Step { believes_name: self.believes_names, ..first }, None)
     }
 
     /// Opens one image, without what is below it.
@@ -233,7 +254,15 @@ impl Opener {
         };
         let directory = overlay.parent().unwrap_or(Path::new(""));
         let (access, cache) = (Access::ReadOnly, self.caching.1);
-        let first = Step { location, from, access, cache, is_typed: true, keeps_directory: false };
+        let first = Step {
+            location,
+            from,
+            access,
+            cache,
+            is_typed: true,
+            believes_name: true,
+            keeps_directory: false,
+        };
         self.walk(first, above).doing(|| {
             match Path::new(&backing.name).is_relative() && !directory.as_os_str().is_empty() {
                 true => format!(
@@ -268,6 +297,7 @@ impl Opener {
                     access: Access::ReadOnly,
                     cache: self.caching.1,
                     is_typed: false,
+                    believes_name: false,
                     keeps_directory: false,
                 }),
             };
@@ -316,7 +346,13 @@ impl Opener {
         let Found { file, directory } = found;
         let format = match &step.location.format {
             Some(name) => Format::from_name(name).path(file.path())?,
-            None => self.recognise(&**file, step.is_typed)?,
+            None => {
+                let format = self.recognise(&**file, step.is_typed)?;
+                if step.believes_name {
+                    format.refuse_other_name(file.path())?;
+                }
+                format
+            }
         };
         if step.access == Access::ReadWrite {
             return self.open_layer(file, directory, format, step.cache);

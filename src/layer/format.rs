@@ -1,6 +1,7 @@
 //! Disk image formats: their names, and how to recognise them.
 
 use std::fmt;
+use std::path::Path;
 
 use crate::error::{Error, Result};
 use crate::file::{HostFile, HostOffset};
@@ -29,6 +30,24 @@ const FOREIGN: &[(&str, &[u8])] = &[
     ("parallels", b"WithoutFreeSpace"),
     ("parallels", b"WithouFreSpacExt"),
     ("bochs", b"Bochs Virtual HD Image"),
+];
+
+/// What the ends of file names promise: the end, and the format in our words.
+const NAMED: &[(&str, &str)] = &[
+    ("qcow2", "qcow2"),
+    ("qcow3", "qcow2"),
+    // Many a qcow2 image has the old name.
+    ("qcow", "qcow2"),
+    ("raw", "raw"),
+    ("qed", "qed"),
+    ("vmdk", "vmdk"),
+    ("vdi", "vdi"),
+    ("vhdx", "vhdx"),
+    ("vhd", "vpc"),
+    ("vpc", "vpc"),
+    ("luks", "luks"),
+    ("hdd", "parallels"),
+    ("hds", "parallels"),
 ];
 
 /// The one that hides its magic bytes further in: VirtualBox's, at offset 64.
@@ -72,6 +91,25 @@ impl Format {
             }
         }
     }
+
+    /// Refuses a format that was recognised from the content of a file where its name promises another: the
+    /// one or the other is not what somebody thinks it is, and a guest would be shown a header, or not be
+    /// shown what it holds. A name that promises nothing (`.img`) agrees with all.
+    ///
+    /// # Errors
+    /// They do not agree ([`ErrorKind::Unsupported`](crate::error::ErrorKind::Unsupported)).
+    pub(crate) fn refuse_other_name(self, path: &Path) -> Result<()> {
+        let end = path.extension().unwrap_or_default().to_ascii_lowercase();
+        let promised = NAMED.iter().find(|(name, _)| end == *name).map(|(_, format)| *format);
+        let own = self.to_string();
+        let Some(promised) = promised.filter(|promised| *promised != own) else { return Ok(()) };
+        let what = format!("by its name it is {promised}, but by its content {own}");
+        let hint = match self {
+            Self::Raw => "if it is a raw disk all the same, say `-f raw`, of a backing file `-F raw`",
+            Self::Qcow2 => "if it is qcow2 all the same, say `-f qcow2`, of a backing file `-F qcow2`",
+        };
+        Err(Error::unsupported(what).path(path).hint(hint))
+    }
 }
 
 impl fmt::Display for Format {
@@ -105,5 +143,17 @@ mod tests {
         assert!(recognised(b"KDMV").contains("vmdk"));
         assert!(recognised(b"LUKS\xba\xbe\0\x01").contains("luks"));
         assert!(recognised(&[&[b' '; 64], &b"\x7f\x10\xda\xbe"[..]].concat()).contains("vdi"));
+    }
+    #[test]
+    fn a_name_that_promises_another_format_is_refused() {
+        let refused = |format: Format, name: &str| format.refuse_other_name(Path::new(name)).is_err();
+        for name in ["a.qcow2", "a.QCOW2", "d.raw/a.qcow", "a.vmdk", "a.vdi", "a.vhdx", "a.vhd", "a.qed"] {
+            assert!(refused(Format::Raw, name), "{name}");
+        }
+        for name in ["a", "a.img", "a.raw", ".qcow2", "a.qcow2.bak", "qcow2", "d.qcow2/a", "a.iso", ""] {
+            assert!(!refused(Format::Raw, name), "{name}");
+        }
+        assert!(["a.raw", "a.vmdk", "a.vdi"].iter().all(|name| refused(Format::Qcow2, name)));
+        assert!(["a.qcow2", "a.qcow", "a.img", "a"].iter().all(|name| !refused(Format::Qcow2, name)));
     }
 }

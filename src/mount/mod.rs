@@ -143,7 +143,7 @@ impl Mount {
         let image = point::absolute(&self.image)?;
         let mountpoint = point::check(&point::absolute(&self.mountpoint)?, &image)?;
         let config = self.options.config(&image, self.threads)?;
-        let (chain, read_only) = open(&self.opener, &image, self.format)?;
+        let (chain, read_only) = open(&self.opener.clone().believe_names(), &image, self.format)?;
         let chain = match (self.writing, read_only.as_ref()) {
             (Writing::Refused, _) => chain,
             (_, None) => writing::prepare(&chain, &self.opener)?,
