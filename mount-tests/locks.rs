@@ -299,3 +299,69 @@ fn the_locks_of_a_killed_server_are_gone_with_it() {
     wait_until("QEMU can write again", || Qemu::tries(&s, WRITING).is_ok());
     Qemu::opens(&s, "-f raw base.raw");
 }
+
+/// A process that has a lease on a file, as a file server takes it for a client.
+struct Lease(Child);
+
+impl Lease {
+    /// Takes it. `kind` is what it excludes: `WRLCK` others who open the file, `RDLCK` those who write.
+    fn on(s: &Scratch, file: &str, kind: &str) -> Self {
+        let program = format!(
+            "import fcntl, os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGIO])
+file = os.open('{file}', os.O_RDONLY)
+fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_{kind})
+print('taken', flush=True)
+signal.sigwait([signal.SIGIO])
+fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+print('given back', flush=True)"
+        );
+        let mut child = Command::new("python3")
+            .args(["-c", &program])
+            .current_dir(s.path(""))
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("python3 is needed; scripts/test installs it");
+        let mut said = [0; 6];
+        child.stdout.as_mut().unwrap().read_exact(&mut said).expect("taking a lease");
+        assert_eq!(&said, b"taken\n");
+        Self(child)
+    }
+
+    /// Waits until somebody has wanted the file.
+    fn awaits_return(mut self) {
+        let mut said = String::new();
+        self.0.stdout.as_mut().unwrap().read_to_string(&mut said).unwrap();
+        assert_eq!(said, "given back\n");
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// open(2) waits, too; and QEMU.
+#[test]
+fn a_lease_is_waited_for() {
+    let s = old_and_new();
+    for (file, kind, line) in [
+        ("cow.qcow2", "WRLCK", "info cow.qcow2"),
+        ("base.raw", "WRLCK", "map cow.qcow2"),
+        ("cow.qcow2", "RDLCK", "rebase -b new.raw -F raw cow.qcow2"),
+        ("base.raw", "WRLCK", "rebase -b base.raw -F raw cow.qcow2"),
+        ("old.img", "WRLCK", "create -f qcow2 old.img 1M"),
+    ] {
+        s.write("old.img", b"old");
+        let lease = Lease::on(&s, file, kind);
+        s.rebasefs(line);
+        lease.awaits_return();
+    }
+    s.check_clean("cow.qcow2");
+    let mounted = Mounted::new(&s, "cow.qcow2");
+    let lease = Lease::on(&s, "new.raw", "WRLCK");
+    mounted.rebase("new.raw").unwrap_or_else(|e| panic!("{e}: {}", mounted.says("status")));
+    lease.awaits_return();
+}

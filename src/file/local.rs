@@ -2,7 +2,7 @@
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -51,11 +51,14 @@ impl LocalFile {
         cache: CacheMode,
     ) -> Result<Self> {
         // Looked at first: merely opening a FIFO or a tape can have an effect.
-        let looked_at = directory.open(name, sys::O_PATH).and_then(|file| file.metadata());
-        let metadata = looked_at.map_err(|e| Error::io(e, "cannot open").path(path))?;
+        let place = directory.open(name, sys::O_PATH);
+        let place = place.map_err(|e| Error::io(e, "cannot open").path(path))?;
+        let metadata = place.metadata().map_err(|e| Error::io(e, "cannot open").path(path))?;
         refuse_other_types(&metadata).map_err(|e| e.path(path))?;
         let mode = if access == Access::ReadWrite { sys::O_RDWR } else { sys::O_RDONLY };
-        let file = directory.open(name, mode | sys::OPEN_IMAGE | cache.open_flags());
+        let flags = mode | cache.open_flags();
+        let file = directory.open(name, flags | sys::OPEN_IMAGE);
+        let file = file.or_else(|e| when_lease_is_given_back(e, flags, || Ok(place)));
         let file = file.map_err(|e| Error::io(e, cannot_open(access)).path(path))?;
         Self::from_file(file, path.to_owned(), access, cache)
     }
@@ -78,8 +81,10 @@ impl LocalFile {
             // Not before it is known that nobody uses it.
             .truncate(false)
             .custom_flags(sys::OPEN_IMAGE)
-            .open(path)
-            .map_err(|e| Error::io(e, "cannot create").path(path))?;
+            .open(path);
+        let place = || OpenOptions::new().read(true).custom_flags(sys::O_PATH).open(path);
+        let file = file.or_else(|e| when_lease_is_given_back(e, sys::O_RDWR, place));
+        let file = file.map_err(|e| Error::io(e, "cannot create").path(path))?;
         let file = Self::from_file(file, path.to_owned(), Access::ReadWrite, CacheMode::default())?;
         file.lock(Lock::Write)?;
         if !file.identity.is_block_device() {
@@ -95,6 +100,13 @@ impl LocalFile {
         refuse_other_types(&metadata).map_err(|e| e.path(&path))?;
         let size = size_of(&file, &metadata).map_err(describe)?;
         let identity = Identity::of_metadata(&metadata);
+        // The kernel opens a device for writing that refuses every write.
+        if access == Access::ReadWrite
+            && identity.is_block_device()
+            && sys::is_read_only_device(&file).map_err(describe)?
+        {
+            return Err(Error::new(ErrorKind::ReadOnly, "the block device is read-only").path(&path));
+        }
         Ok(Self {
             path,
             file,
@@ -170,6 +182,27 @@ fn size_of(mut file: &File, metadata: &Metadata) -> io::Result<u64> {
         true => file.seek(SeekFrom::End(0)),
         false => Ok(metadata.len()),
     }
+}
+
+/// What is to be done when a file could not be opened because of this error, without blocking on a FIFO.
+/// Where another process has a lease on a regular file, opens it once more, and waits as open(2) does
+/// until the lease is given back, or the kernel takes it (`/proc/sys/fs/lease-break-time`). `place`
+/// finds the file: what its name leads to may be a FIFO by now.
+fn when_lease_is_given_back(
+    error: io::Error,
+    flags: i32,
+    place: impl FnOnce() -> io::Result<File>,
+) -> io::Result<File> {
+    if error.raw_os_error() != Some(sys::errno::EAGAIN) {
+        return Err(error);
+    }
+    let place = place()?;
+    if !place.metadata()?.is_file() {
+        return Err(error);
+    }
+    log::info!("waiting for another process to give its lease on a file back");
+    let itself = format!("/proc/self/fd/{}", place.as_raw_fd());
+    sys::open_at(None, Path::new(&itself), flags | sys::OPEN_IMAGE_WAITING)
 }
 
 fn cannot_open(access: Access) -> &'static str {

@@ -18,7 +18,7 @@ use crate::error::Result;
 const MAX_ENTRIES: u32 = 4096;
 /// Nor are entries that take more than this, in bytes.
 const MAX_TABLE: u64 = 1 << 20;
-/// Logical partitions; more than Linux lets a disk have.
+/// Tables of logical partitions; more than Linux lets a disk have partitions.
 const MAX_LOGICAL: usize = 256;
 /// The sector of an MBR, in bytes.
 const SECTOR: u64 = 512;
@@ -85,15 +85,20 @@ impl Disk<'_> {
                 found.extend(self.of_record(number, 0, entry));
             }
         }
-        let mut tables = Tables::default();
+        let used = mbr.partitions.iter().map(sectors).filter(|(_, length)| *length > 0);
+        let starts = used.map(|(start, _)| start).collect();
+        let mut tables = Tables { starts, ..Tables::default() };
         for container in mbr.partitions.iter().filter(|entry| is_extended(entry)) {
             self.logical(container, &mut tables, &mut found)?;
         }
         Ok(found)
     }
 
-    /// The logical partitions in a container: tables of one partition each, and of a place where the
-    /// next table lies in the container.
+    /// The logical partitions in a container: a list of tables, each with partitions and the place in the
+    /// container where the next table lies.
+    ///
+    /// As a rule the first record of a table is a partition and the second leads on; OS/2 uses all four
+    /// for partitions, and DR-DOS leads on in the first. The last two may be garbage.
     fn logical(
         &self,
         container: &MbrPartitionRecord,
@@ -101,9 +106,10 @@ impl Disk<'_> {
         found: &mut Vec<Partition>,
     ) -> Result<()> {
         let (start, length) = sectors(container);
-        let mut next = Some(0);
-        while let Some(within) = next.take().filter(|within| *within < length) {
-            let at = start + within;
+        let whole = start..start + length;
+        let mut next = Some(whole.clone());
+        while let Some(own) = next.take() {
+            let at = own.start;
             if tables.seen.len() == MAX_LOGICAL || !tables.seen.insert(at) {
                 log::warn!(
                     "the logical partitions of the disk are too many or a loop: the rest is not shown"
@@ -111,10 +117,20 @@ impl Disk<'_> {
                 return Ok(());
             }
             let Some(table) = self.mbr_at(at * SECTOR)? else { return Ok(()) };
-            for entry in &table.partitions[..2] {
-                match sectors(entry) {
-                    (_, 0) => {}
-                    (to, _) if is_extended(entry) => next = next.or(Some(to)),
+            for (place, entry) in table.partitions.iter().enumerate() {
+                let (to, length) = sectors(entry);
+                let is_garbage = || {
+                    let end = at + to + length;
+                    to + length > own.end - own.start || at + to < whole.start || end > whole.end
+                };
+                match length {
+                    0 => {}
+                    _ if is_extended(entry) => {
+                        next = next.or(Some(start + to..start + to + length));
+                    }
+                    _ if place >= 2 && is_garbage() => {}
+                    // A table that another one leads into may say the same again.
+                    _ if !tables.starts.insert(at + to) => {}
                     _ => {
                         tables.partitions += 1;
                         found.extend(self.of_record(4 + tables.partitions, at, entry));
@@ -129,8 +145,8 @@ impl Disk<'_> {
     fn of_record(&self, number: u32, base: u64, entry: &MbrPartitionRecord) -> Option<Partition> {
         let (start, length) = sectors(entry);
         let kind = format!("{:#04x}", entry.os_indicator);
-        let is_used = entry.os_indicator != 0 && length > 0;
-        is_used.then(|| self.within(number, (base + start, length), SECTOR, kind, String::new())).flatten()
+        let place = (base + start, length);
+        (length > 0).then(|| self.within(number, place, SECTOR, kind, String::new())).flatten()
     }
 
     /// A partition at these blocks, if it lies within the disk.
@@ -211,6 +227,8 @@ const CHECKSUM: std::ops::Range<usize> = 16..20;
 #[derive(Default)]
 struct Tables {
     seen: HashSet<u64>,
+    /// The first sectors of the partitions that were found in them, and of those of the MBR.
+    starts: HashSet<u64>,
     partitions: u32,
 }
 
@@ -292,20 +310,20 @@ mod tests {
     }
 
     #[test]
-    fn tables_of_logical_partitions_that_are_a_loop_or_lead_out_of_their_container_end() {
+    fn tables_of_logical_partitions_that_are_a_loop_end() {
         let container: Table<'_> = (0, &[(0x0f, 20, 60)]);
         assert_eq!(of_mbr(&[container, (20, &[(0x83, 1, 1), (5, 0, 9)])]), [(5, 21, 1)]);
         let round = [container, (20, &[(0x83, 1, 1), (5, 10, 9)]), (30, &[(0x83, 1, 1), (5, 0, 9)])];
         assert_eq!(of_mbr(&round), [(5, 21, 1), (6, 31, 1)]);
         assert_eq!(
             of_mbr(&[container, (20, &[(0x83, 1, 1), (5, 60, 9)]), (80, &[(0x83, 1, 1)])]),
-            [(5, 21, 1)]
+            [(5, 21, 1), (6, 81, 1)]
         );
         assert_eq!(of_mbr(&[(0, &[(5, u32::MAX, u32::MAX), (5, 0, u32::MAX)])]), []);
         // A long chain, as far as it is followed.
         let mut long = disk(3000, &[(0, &[(5, 1, 2999)])]);
         for at in 1..2999 {
-            long[at * 512..][..512].copy_from_slice(&table(&[(0x83, 0, 1), (5, at as u32, 1)]));
+            long[at * 512..][..512].copy_from_slice(&table(&[(0x83, 1, 1), (5, at as u32, 1)]));
         }
         assert_eq!(partitions(&long, 3000 * 512).len(), MAX_LOGICAL);
     }

@@ -28,7 +28,10 @@ pub mod whence {
 
 /// `open(2)` flags for images: a FIFO or a device without a medium must not block the open, and
 /// no program that we start inherits the descriptor.
-pub const OPEN_IMAGE: i32 = libc::O_NONBLOCK | libc::O_CLOEXEC | libc::O_NOCTTY;
+pub const OPEN_IMAGE: i32 = libc::O_NONBLOCK | OPEN_IMAGE_WAITING;
+
+/// The same for what is known to be a regular file: waits for the leases of others on it.
+pub const OPEN_IMAGE_WAITING: i32 = libc::O_CLOEXEC | libc::O_NOCTTY;
 
 /// `open(2)`: to see what is there, without opening it.
 pub const O_PATH: i32 = libc::O_PATH;
@@ -116,6 +119,17 @@ pub fn start_writing_back(file: &File) -> io::Result<()> {
     // SAFETY: the descriptor is open for as long as `file` is borrowed; no memory is passed.
     check(unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, libc::SYNC_FILE_RANGE_WRITE) }).map(drop)
 }
+
+/// Whether the kernel refuses all writes to a block device (`BLKROGET`).
+pub fn is_read_only_device(file: &File) -> io::Result<bool> {
+    let mut is_read_only: libc::c_int = 0;
+    // SAFETY: the descriptor is open for as long as `file` is borrowed; the call writes one int.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), BLKROGET, &raw mut is_read_only) })?;
+    Ok(is_read_only != 0)
+}
+
+/// `_IO(0x12, 94)` of `linux/fs.h`, which libc has not.
+const BLKROGET: libc::Ioctl = (0x12 << 8 | 94) as libc::Ioctl;
 
 /// Drops the clean pages of a file from the page cache.
 pub fn drop_cache(file: &File) -> io::Result<()> {
