@@ -8,6 +8,7 @@
 mod data_file;
 mod growth;
 mod header_swap;
+mod room;
 
 use std::sync::Arc;
 

@@ -36,6 +36,7 @@ mod readme;
 mod real_input;
 mod rebase;
 mod repair;
+mod room;
 mod scratch;
 mod system;
 mod terminal;

@@ -44,6 +44,12 @@ struct State {
     fails_halfway: bool,
     /// The write with this number is stored with a wrong byte.
     lies_at: Option<usize>,
+    /// How many operations were tried, and which of them alone fails.
+    tried: usize,
+    fails_once: Option<(usize, ErrorKind)>,
+    failed: Option<Operation>,
+    /// Bytes that the file can have, as on a device that ends there.
+    room: Option<u64>,
 }
 
 /// The file. Its clones are the same file.
@@ -78,6 +84,21 @@ impl MemoryFile {
         Self(Arc::new(Mutex::new(State { bytes, lies_at: Some(number), ..State::default() })))
     }
 
+    /// Lets the operation with that number fail, and no other.
+    pub fn failing_once(bytes: Vec<u8>, number: usize, kind: ErrorKind) -> Self {
+        Self(Arc::new(Mutex::new(State { bytes, fails_once: Some((number, kind)), ..State::default() })))
+    }
+
+    /// A file that can have no more bytes than `room`.
+    pub fn with_room(bytes: Vec<u8>, room: u64) -> Self {
+        Self(Arc::new(Mutex::new(State { bytes, room: Some(room), ..State::default() })))
+    }
+
+    /// The operation that failed once.
+    pub fn failed(&self) -> Option<Operation> {
+        self.0.lock().unwrap().failed.clone()
+    }
+
     pub fn bytes(&self) -> Vec<u8> {
         self.0.lock().unwrap().bytes.clone()
     }
@@ -88,6 +109,18 @@ impl MemoryFile {
 
     fn perform(&self, operation: Operation) -> Result<()> {
         let mut state = self.0.lock().unwrap();
+        state.tried += 1;
+        if let Some((number, kind)) = state.fails_once
+            && state.tried == number + 1
+        {
+            state.failed = Some(operation);
+            return Err(Error::new(kind, "the disk failed once").path(self.path()));
+        }
+        if let (Operation::Write(at, bytes), Some(room)) = (&operation, state.room)
+            && at + bytes.len() as u64 > room
+        {
+            return Err(Error::new(ErrorKind::NoSpace, "the device ends here").path(self.path()));
+        }
         if let Some((from, kind)) = state.fails_from
             && state.log.len() >= from
         {

@@ -258,9 +258,14 @@ impl LoopMount {
 
 impl Drop for LoopMount {
     fn drop(&mut self) {
-        let umount = Command::new("umount").arg(&self.0).status().expect("running umount");
-        if !std::thread::panicking() {
-            assert!(umount.success(), "umount {}", self.0.display());
+        let umount =
+            || Command::new("umount").arg(&self.0).output().expect("running umount").status.success();
+        if std::thread::panicking() {
+            umount();
+        } else {
+            // A process that another test is starting has copies of our open files until it executes its
+            // program.
+            wait_until("the file system can be unmounted", umount);
             wait_until("the loop device is detached", || !self.is_attached());
         }
     }

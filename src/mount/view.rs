@@ -13,7 +13,7 @@ use super::flat::{Allocated, Flat, Seek};
 use super::image::Image;
 use super::parts::{Folder, Part};
 use super::tree::{ControlFile, Directory, Inode, Node};
-use super::writing::{Writing, write_errno};
+use super::writing::{Writing, write_error};
 use crate::error::{Error, ErrorKind, Result};
 
 /// The size shown for control files that can be written. The kernel lets several processes write
@@ -294,7 +294,7 @@ impl View {
     ) {
         if inode == Inode::DISK {
             return self.when_disk_moves(bytes, move |image, bytes| {
-                answer(image.write(offset, bytes).map_err(|e| write_errno(&e)));
+                answer(image.write(offset, bytes).map_err(|e| write_error(e).errno()));
             });
         }
         let length = bytes.len();

@@ -122,7 +122,7 @@ impl View {
             return answer(Err(ErrorKind::Unsupported.errno()));
         }
         self.when_disk_moves(&[], move |image, _| {
-            answer(image.zero(offset, length, space).map_err(|e| write_errno(&e)));
+            answer(image.zero(offset, length, space).map_err(|e| write_error(e).errno()));
         });
     }
 
@@ -143,17 +143,17 @@ impl View {
     /// Returns when all that was written to a file is durable.
     pub(super) fn sync(&self, inode: Inode) -> Result<()> {
         match inode {
-            Inode::DISK => self.image.flush().map_err(|e| data_error(&e)),
+            Inode::DISK => self.image.flush().map_err(write_error),
             _ => Ok(()),
         }
     }
 }
 
 /// What a writer understands: that there is no space, or that he may not; else that it went wrong.
-pub(super) fn write_errno(error: &Error) -> i32 {
+pub(super) fn write_error(error: Error) -> Error {
     match error.kind() {
-        ErrorKind::NoSpace | ErrorKind::ReadOnly => error.errno(),
-        _ => data_error(error).errno(),
+        ErrorKind::NoSpace | ErrorKind::ReadOnly => error,
+        _ => data_error(&error),
     }
 }
 

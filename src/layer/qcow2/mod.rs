@@ -28,6 +28,7 @@ mod preamble;
 mod refcount;
 mod references;
 pub mod repair;
+mod room;
 mod snapshot;
 mod stored;
 pub(crate) mod table;

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::header::{Header, field};
+use super::room;
 use super::table::{encode_words, read_words};
 use crate::error::{Error, ErrorKind, Result};
 use crate::file::{HostFile, HostOffset};
@@ -58,6 +59,8 @@ struct Block {
     at: HostOffset,
     bytes: Vec<u8>,
     is_dirty: bool,
+    /// The host has set space aside for it.
+    has_room: bool,
 }
 
 /// Something to be written at a place.
@@ -77,6 +80,8 @@ pub struct Refcounts {
     new_entries: Vec<u64>,
     /// The table as it lies in the file, if it has moved in memory only: offset and clusters.
     moved_from: Option<(HostOffset, u64)>,
+    /// The header may name the place to which the table has moved: writing that has failed.
+    may_be_linked: bool,
     /// No cluster below this one is free.
     first_free: u64,
     /// Where the last allocation of bytes ended, if that cluster has room left.
@@ -101,6 +106,7 @@ impl Refcounts {
             blocks: BTreeMap::new(),
             new_entries: Vec::new(),
             moved_from: None,
+            may_be_linked: false,
             first_free: 0,
             byte_end: None,
             pristine_from,
@@ -224,7 +230,7 @@ impl Refcounts {
         Ok(())
     }
 
-    /// What must be durable before [`take_links`](Self::take_links) is written: blocks, and a
+    /// What must be durable before [`links`](Self::links) are written: blocks, and a
     /// table that has moved.
     pub fn take_dirty(&mut self) -> Vec<Write> {
         let mut writes: Vec<Write> = Vec::new();
@@ -246,22 +252,38 @@ impl Refcounts {
     }
 
     /// The pointers to what is new: table entries, or the header's pointer to a table that has
-    /// moved. Empty where nothing grew. The old table may be released once these are durable; it
-    /// is handed over as offset and clusters.
-    pub fn take_links(&mut self) -> (Vec<Write>, Option<(HostOffset, u64)>) {
-        let entries = std::mem::take(&mut self.new_entries);
-        if let Some(old) = self.moved_from.take() {
+    /// moved. Empty where nothing grew.
+    pub fn links(&self) -> Vec<Write> {
+        if self.moved_from.is_some() {
             let clusters = (self.table.len() as u64 * 8) >> self.cluster_bits;
             let mut pointer = self.table_at.0.to_be_bytes().to_vec();
             // At most MAX_TABLE_BYTES.
             pointer.extend((clusters as u32).to_be_bytes());
-            return (vec![(HostOffset(field::REFCOUNT_TABLE), pointer)], Some(old));
+            return vec![(HostOffset(field::REFCOUNT_TABLE), pointer)];
         }
-        let entry = |index: u64| {
-            let bytes = self.table[index as usize].to_be_bytes().to_vec();
+        let entry = |index: &u64| {
+            let bytes = self.table[*index as usize].to_be_bytes().to_vec();
             (self.table_at + index * 8, bytes)
         };
-        (entries.into_iter().map(entry).collect(), None)
+        self.new_entries.iter().map(entry).collect()
+    }
+
+    /// [`links`](Self::links) are durable. Returns the table that they have replaced, as offset and
+    /// clusters: it may be released now.
+    pub fn are_linked(&mut self) -> Option<(HostOffset, u64)> {
+        self.new_entries.clear();
+        self.may_be_linked = false;
+        self.moved_from.take()
+    }
+
+    /// Writing [`links`](Self::links) has failed: whether the file has them is not known.
+    pub fn are_not_linked(&mut self) {
+        self.may_be_linked = self.moved_from.is_some();
+    }
+
+    /// Whether pointers to what is new wait to be written.
+    pub fn has_links(&self) -> bool {
+        !self.new_entries.is_empty() || self.moved_from.is_some()
     }
 
     /// Bytes of memory that wait to be written.
@@ -291,7 +313,12 @@ impl Refcounts {
 
     fn set(&mut self, cluster: u64, count: u64) -> Result<()> {
         let (order, index) = (self.order, cluster % self.per_block());
+        let file = self.file.clone();
         let block = self.block(cluster / self.per_block())?;
+        if !block.has_room {
+            room::keep(&*file, block.at, &block.bytes)?;
+            block.has_room = true;
+        }
         write_refcount(&mut block.bytes, order, index, count);
         block.is_dirty = true;
         self.pristine_from = self.pristine_from.max(cluster + 1);
@@ -317,7 +344,7 @@ impl Refcounts {
         }
         let mut bytes = vec![0; size as usize];
         self.file.read_at(HostOffset(at), &mut bytes)?;
-        Ok(Block { at: HostOffset(at), bytes, is_dirty: false })
+        Ok(Block { at: HostOffset(at), bytes, is_dirty: false, has_room: false })
     }
 
     fn forget_clean_blocks(&mut self) {
@@ -327,12 +354,16 @@ impl Refcounts {
     }
 
     /// Makes a block for `cluster`, which is free, as all are that this block stands for: the
-    /// block takes that very cluster for itself.
+    /// block takes that very cluster for itself. On an error all is as it was.
     fn cover(&mut self, cluster: u64) -> Result<()> {
         let index = cluster / self.per_block();
         if index >= self.table.len() as u64 {
             return self.move_table(cluster);
         }
+        if self.moved_from.is_none() {
+            room::keep(&*self.file, self.table_at + index * 8, &[0; 8])?;
+        }
+        room::take(&*self.file, HostOffset(cluster << self.cluster_bits), 1 << self.cluster_bits)?;
         self.insert_block(index, cluster)?;
         self.new_entries.push(index);
         self.set(cluster, 1)
@@ -344,12 +375,12 @@ impl Refcounts {
         let entry = entry.ok_or_else(|| Error::invalid("a refcount block outside of the refcount table"))?;
         *entry = at;
         let bytes = vec![0; 1 << self.cluster_bits];
-        self.blocks.insert(index, Block { at: HostOffset(at), bytes, is_dirty: true });
+        self.blocks.insert(index, Block { at: HostOffset(at), bytes, is_dirty: true, has_room: true });
         Ok(())
     }
 
     /// Lays out a larger table, and the blocks that count it and themselves, from `start` on,
-    /// where everything is free and nothing is covered.
+    /// where everything is free and nothing is covered. Takes the space before anything is changed.
     fn move_table(&mut self, start: u64) -> Result<()> {
         let per_block = self.per_block();
         let first_index = start / per_block;
@@ -359,13 +390,14 @@ impl Refcounts {
                 "the refcount table cannot grow any further: the file is too large for its cluster size";
             return Err(Error::new(ErrorKind::NoSpace, what).path(self.file.path()));
         }
+        let place = HostOffset(start << self.cluster_bits);
+        room::take(&*self.file, place, (blocks + table_clusters) << self.cluster_bits)?;
+        let old_clusters = (self.table.len() as u64 * 8) >> self.cluster_bits;
         if self.moved_from.is_none() {
-            let old_clusters = (self.table.len() as u64 * 8) >> self.cluster_bits;
             self.moved_from = Some((self.table_at, old_clusters));
-        } else {
+        } else if !self.may_be_linked {
             // Moved twice before it was written: nobody will ever point to the place in between.
-            let clusters = (self.table.len() as u64 * 8) >> self.cluster_bits;
-            self.release(self.table_at, clusters, 1)?;
+            self.release(self.table_at, old_clusters, 1)?;
         }
         self.table.resize(((table_clusters << self.cluster_bits) / 8) as usize, 0);
         self.table_at = HostOffset((start + blocks) << self.cluster_bits);

@@ -7,10 +7,11 @@
 use std::ops::Range;
 
 use super::compress::Deflated;
-use super::{REPAIR, State, Writer};
+use super::{REPAIR, Staged, State, Writer};
 use crate::error::{Context, Error, Result};
 use crate::file::{HostFile, HostOffset};
 use crate::layer::qcow2::entry::{COPIED, Cluster, L2Entry, SUBCLUSTERS, ZERO};
+use crate::layer::qcow2::room;
 use crate::layer::{Filled, GuestOffset};
 
 /// One host cluster that gets content, and the L2 entries that will point to it.
@@ -185,27 +186,50 @@ impl Writer {
     /// L2 tables that are missing altogether are made.
     fn groups(&self, state: &mut State, at: GuestOffset, wanted: u32) -> Result<Vec<Group>> {
         let mut groups: Vec<Group> = Vec::new();
+        let max = state.refcounts.max();
         for shared in state.staged.tables_at(at)? {
-            let owners = shared.views.len() as u64;
-            let table = match shared.table {
-                Some(table) => table,
-                None => state.new_table(&shared.views, at)?,
-            };
-            let entry = state.staged.entry(table, at)?;
-            if self.missing_in(entry, wanted)? == 0 {
-                continue;
-            }
-            self.refuse_foreign_owners(state, table, owners)?;
-            let max = state.refcounts.max();
-            match groups.iter_mut().find(|group| group.entry == entry && group.owners + owners <= max) {
-                Some(group) => {
-                    group.tables.push(table);
-                    group.owners += owners;
+            match shared.table {
+                Some(table) => {
+                    self.group(state, &mut groups, (table, shared.views.len() as u64), at, wanted)?;
                 }
-                None => groups.push(Group { entry, tables: vec![table], owners }),
+                // No more views share a new table than its refcount can count.
+                None => {
+                    for views in shared.views.chunks(max.min(shared.views.len() as u64) as usize) {
+                        let owners = views.len() as u64;
+                        let table = state.new_table(&*self.file, self.header().cluster_size(), owners)?;
+                        state.linking(table, owners, |staged| staged.link(views, at, table))?;
+                        self.group(state, &mut groups, (table, owners), at, wanted)?;
+                    }
+                }
             }
         }
         Ok(groups)
+    }
+
+    /// Adds a table with that many owners to the group that has the same entry, if something of `wanted`
+    /// is missing in it.
+    fn group(
+        &self,
+        state: &mut State,
+        groups: &mut Vec<Group>,
+        (table, owners): (HostOffset, u64),
+        at: GuestOffset,
+        wanted: u32,
+    ) -> Result<()> {
+        let entry = state.staged.entry(table, at)?;
+        if self.missing_in(entry, wanted)? == 0 {
+            return Ok(());
+        }
+        self.refuse_foreign_owners(state, table, owners)?;
+        let max = state.refcounts.max();
+        match groups.iter_mut().find(|group| group.entry == entry && owners <= max - group.owners) {
+            Some(group) => {
+                group.tables.push(table);
+                group.owners += owners;
+            }
+            None => groups.push(Group { entry, tables: vec![table], owners }),
+        }
+        Ok(())
     }
 
     pub(super) fn host_of(&self, entry: L2Entry) -> Result<Option<HostOffset>> {
@@ -371,9 +395,33 @@ impl Writer {
 }
 
 impl State {
-    fn new_table(&mut self, views: &[usize], at: GuestOffset) -> Result<HostOffset> {
-        let (table, _) = self.refcounts.allocate(1, views.len() as u64)?;
-        self.staged.link(views, at, table);
+    /// A new, empty L2 table for the cluster at `at`. Its room is taken now, while it can be told to
+    /// whoever writes.
+    pub(super) fn new_table(
+        &mut self,
+        file: &dyn HostFile,
+        cluster_size: u64,
+        owners: u64,
+    ) -> Result<HostOffset> {
+        let (table, _) = self.refcounts.allocate(1, owners)?;
+        if let Err(error) = room::take(file, table, cluster_size) {
+            self.refcounts.release(table, 1, owners)?;
+            return Err(error);
+        }
+        Ok(table)
+    }
+
+    /// Lets `use_it` link a table that was just made, and gives its cluster back if that fails.
+    pub(super) fn linking(
+        &mut self,
+        table: HostOffset,
+        owners: u64,
+        use_it: impl FnOnce(&Staged) -> Result<()>,
+    ) -> Result<HostOffset> {
+        if let Err(error) = use_it(&self.staged) {
+            self.refcounts.release(table, 1, owners)?;
+            return Err(error);
+        }
         Ok(table)
     }
 

@@ -129,27 +129,35 @@ impl Writer {
     /// commit, when nobody reads by the old tables any more.
     pub(super) fn free_forgotten_clusters(&self) -> Result<()> {
         let state = &mut *self.state();
-        self.release_forgotten(state)?;
-        self.commit_state(state)
+        let released = self.release_forgotten(state);
+        released.and(self.commit_state(state))
     }
 
-    /// The same for the counts in memory.
+    /// The same for the counts in memory. One cluster that cannot be released keeps no other.
     pub(super) fn release_forgotten(&self, state: &mut State) -> Result<()> {
         let forgotten = std::mem::take(&mut state.forgotten);
         if forgotten.has_compressed {
             state.staged.forget_clusters();
         }
         let mut holes = forgotten.ranges;
+        let mut result = Ok(());
         for cluster in forgotten.clusters {
-            // A cluster that other compressed ones share stays.
-            if state.refcounts.of(cluster)? == 1 {
-                holes.push((cluster, self.header().cluster_size()));
+            match self.release_cluster(state, cluster) {
+                Ok(true) => holes.push((cluster, self.header().cluster_size())),
+                Ok(false) => {}
+                Err(error) => result = result.and(Err(error)),
             }
-            state.refcounts.release(cluster, 1, 1)?;
         }
         // Nobody else can have any of it yet: the state is ours.
         self.punch_all(holes);
-        Ok(())
+        result
+    }
+
+    /// Whether nobody has the cluster any more. One that other compressed clusters share stays.
+    fn release_cluster(&self, state: &mut State, cluster: HostOffset) -> Result<bool> {
+        let is_last = state.refcounts.of(cluster)? == 1;
+        state.refcounts.release(cluster, 1, 1)?;
+        Ok(is_last)
     }
 
     /// Neighbours in one go: a cluster can be smaller than what a device frees.

@@ -46,11 +46,9 @@ impl Writer {
             self.file.sync()?;
             // At most MAX_L1_BYTES / 8.
             let pointer = [&(entries as u32).to_be_bytes()[..], &at.0.to_be_bytes()].concat();
+            let pointed = self.file.write_at(HostOffset(field::L1_TABLE), &pointer);
             // Should this fail, nobody knows which table the header names.
-            state.is_committing = true;
-            self.file.write_at(HostOffset(field::L1_TABLE), &pointer)?;
-            self.file.sync()?;
-            state.is_committing = false;
+            pointed.and_then(|()| self.file.sync()).inspect_err(|error| state.lost = Some(error.kind()))?;
             self.staged.move_l1(at, entries);
             let old_clusters = (old_entries * 8).div_ceil(self.header().cluster_size());
             state.refcounts.release(old_at, old_clusters, 1)?;

@@ -65,12 +65,12 @@ impl Writer {
     /// A file cannot be written.
     pub fn flush(&self) -> Result<()> {
         let mut state = self.state();
-        if state.is_committing || state.has_changes() {
+        if state.lost.is_some() || state.has_changes() {
             return self.commit_state(&mut state);
         }
         // Whoever only looks or writes in place need not wait for the disk.
         drop(state);
-        self.sync().inspect_err(|_| self.state().is_committing = true)
+        self.sync().inspect_err(|error| self.state().lost = Some(error.kind()))
     }
 
     /// Whether anything waits in memory.
@@ -287,26 +287,23 @@ impl Writer {
         if let (Some(table), true) = (shared, word & COPIED != 0) {
             return Ok(table);
         }
-        let (table, _) = state.refcounts.allocate(1, 1)?;
-        // Takes the space now, while it can be told to whoever writes.
-        if let Err(error) = self.file.write_at(table, &vec![0; self.header().cluster_size() as usize]) {
-            state.refcounts.release(table, 1, 1)?;
-            return Err(error);
-        }
+        let table = state.new_table(&*self.file, self.header().cluster_size(), 1)?;
         match shared {
             Some(shared) => {
-                state.staged.link_copy(at, shared, table)?;
+                state.linking(table, 1, |staged| staged.link_copy(at, shared, table))?;
                 state.forgotten.push(shared);
+                Ok(table)
             }
-            None => state.staged.link(&[0], at, table),
+            None => state.linking(table, 1, |staged| staged.link(&[0], at, table)),
         }
-        Ok(table)
     }
 }
 
 impl State {
     fn has_changes(&self) -> bool {
-        self.staged.bytes() + self.refcounts.dirty_bytes() > 0 || !self.forgotten.is_empty()
+        self.staged.bytes() + self.refcounts.dirty_bytes() > 0
+            || self.refcounts.has_links()
+            || !self.forgotten.is_empty()
     }
 }
 

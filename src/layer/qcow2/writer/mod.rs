@@ -33,7 +33,7 @@ use super::header::{Header, autoclear, field, incompatible};
 use super::live::Hold;
 use super::refcount::{Refcounts, Write};
 use super::{Preamble, Qcow2};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::file::{HostFile, HostOffset};
 use crate::layer::{Content, Detail, ExtentKind, Filled, GuestOffset, Layer, Missing, Overlay, Reference};
 
@@ -82,9 +82,9 @@ struct State {
     forgotten: Forgotten,
     /// Bytes that were filled in since the last commit, and would be lost with it.
     uncommitted: u64,
-    /// A commit is under way, or has failed: what of it is durable is not known then, and nothing
-    /// may be built on it.
-    is_committing: bool,
+    /// A sync has failed, in this way: what was written before it may be lost, and nothing may be built
+    /// on it.
+    lost: Option<ErrorKind>,
 }
 
 impl Writer {
@@ -111,7 +111,7 @@ impl Writer {
             staged: staged.clone(),
             forgotten: Forgotten::default(),
             uncommitted: 0,
-            is_committing: false,
+            lost: None,
         };
         Ok(Self {
             data_file: image.data_file().clone(),
@@ -168,18 +168,28 @@ impl Writer {
         }
     }
 
+    /// Makes durable what waits in memory. A write that fails is tried again with all the others: what fails
+    /// twice is an error, and waits for the next commit.
     fn commit_state(&self, state: &mut State) -> Result<()> {
-        if std::mem::replace(&mut state.is_committing, true) {
-            return Err(Error::invalid("an earlier write to the image failed; nothing more is written"));
+        self.commit_once(state).or_else(|error| {
+            if state.lost.is_some() {
+                return Err(error);
+            }
+            log::warn!("{error}; trying once more");
+            self.commit_once(state)
+        })
+    }
+
+    fn commit_once(&self, state: &mut State) -> Result<()> {
+        if let Some(kind) = state.lost {
+            let what = "an earlier sync of the image failed, and what was written before it may be lost; \
+                        nothing more is written";
+            return Err(Error::new(kind, what).path(self.file.path()));
         }
-        if let Err(error) = self.clear_unknown_autoclear_bits().and_then(|()| self.write_unlinked(state)) {
-            // Nothing points to it: the next commit can write it again.
-            state.is_committing = false;
-            return Err(error);
-        }
+        self.clear_unknown_autoclear_bits()?;
+        self.write_unlinked(state)?;
         self.write_in_order(state)?;
         state.uncommitted = 0;
-        state.is_committing = false;
         // 4. Counts of what no durable pointer needs any more: until they are written, it leaks.
         self.write_counts(state)
     }
@@ -196,34 +206,36 @@ impl Writer {
         written.inspect_err(|_| state.refcounts.put_back(&counts))
     }
 
-    /// The one place that orders metadata writes.
+    /// The one place that orders metadata writes. A write that fails is not lost: it waits in memory, and
+    /// the next commit writes it again, with all that must be durable before it.
     fn write_in_order(&self, state: &mut State) -> Result<()> {
         // 1. What was written so far: data, and what nothing points to yet.
-        self.sync()?;
+        self.sync().inspect_err(|error| state.lost = Some(error.kind()))?;
         // 2. The pointers to new refcount blocks or a new refcount table: from here on the counts
         //    of all that we allocated are durable.
-        let (links, old_table) = state.refcounts.take_links();
-        if !links.is_empty() {
-            self.write_all(&links)?;
-            self.file.sync()?;
-        }
-        // 3. The pointers that let guest offsets lead to the new clusters.
-        let links = state.staged.take_links();
-        if !links.is_empty() {
-            self.write_all(&links)?;
-            self.file.sync()?;
-        }
-        state.staged.are_written();
+        self.write_links(&state.refcounts.links(), &mut state.lost)
+            .inspect_err(|_| state.refcounts.are_not_linked())?;
         // What no durable pointer needs any more.
-        if let Some((at, clusters)) = old_table {
+        if let Some((at, clusters)) = state.refcounts.are_linked() {
             state.refcounts.release(at, clusters, 1)?;
         }
+        // 3. The pointers that let guest offsets lead to the new clusters.
+        self.write_links(&state.staged.links(), &mut state.lost)?;
+        state.staged.are_written();
         if self.is_live {
             // Who reads does so by the tables in memory.
             self.wait_for_readers();
             self.release_forgotten(state)?;
         }
         Ok(())
+    }
+
+    fn write_links(&self, links: &[Write], lost: &mut Option<ErrorKind>) -> Result<()> {
+        if links.is_empty() {
+            return Ok(());
+        }
+        self.write_all(links)?;
+        self.file.sync().inspect_err(|error| *lost = Some(error.kind()))
     }
 
     fn write_all(&self, writes: &[Write]) -> Result<()> {

@@ -20,6 +20,7 @@ use crate::layer::qcow2::entry::{self, COPIED, L2Entry};
 use crate::layer::qcow2::header::Header;
 use crate::layer::qcow2::l1::L1Table;
 use crate::layer::qcow2::refcount::Write;
+use crate::layer::qcow2::room;
 use crate::layer::qcow2::table::{L2Slice, TableCache, encode_words, read_words};
 
 /// L2 tables are changed and written in pieces of at most this many bytes.
@@ -53,6 +54,8 @@ pub struct Shared {
 struct Slice {
     words: Arc<L2Slice>,
     is_dirty: bool,
+    /// The host has set space aside for it.
+    has_room: bool,
 }
 
 /// The tables of all views. Clones are the same tables.
@@ -72,8 +75,6 @@ struct Tables {
     dirty_slices: usize,
     /// Tables that no L1 entry in the file points to yet, and that may not be in the file.
     new_tables: BTreeSet<HostOffset>,
-    /// Pieces that are called clean are on their way to the file: none may be dropped.
-    is_being_written: bool,
     /// Names the compressed clusters of the image in a cache; another one when some were freed.
     cluster_number: u64,
 }
@@ -87,7 +88,6 @@ impl Staged {
             slices: BTreeMap::new(),
             dirty_slices: 0,
             new_tables: BTreeSet::new(),
-            is_being_written: false,
             cluster_number: TableCache::next_layer_number(),
         };
         Self { file, header: Arc::new(header), tables: Arc::new(RwLock::new(tables)) }
@@ -166,17 +166,32 @@ impl Staged {
     }
 
     /// Stages another entry there.
+    ///
+    /// # Errors
+    /// The table cannot be read, or lies in a hole of a file that has no room for it.
     pub fn set_entry(&self, table: HostOffset, at: GuestOffset, entry: L2Entry) -> Result<()> {
         let (slice_at, words) = self.place(table, at);
         let slice = self.slice(table, slice_at)?;
+        if !self.has_room(table, slice_at) {
+            room::keep(&*self.file, slice_at, &encode_words(slice.words()))?;
+        }
         let changed = slice.with(words.start, &[entry.word, entry.bitmap][..words.len()]);
         self.write().put(slice_at, changed.into());
         Ok(())
     }
 
-    /// Lets views use the new, empty L2 table at `table` for the cluster at `at`.
-    pub fn link(&self, views: &[usize], at: GuestOffset, table: HostOffset) {
+    fn has_room(&self, table: HostOffset, slice_at: HostOffset) -> bool {
+        let tables = self.read();
+        tables.new_tables.contains(&table) || tables.slices.get(&slice_at).is_some_and(|slice| slice.has_room)
+    }
+
+    /// Lets views use the new, empty L2 table at `table`, which has its room, for the cluster at `at`.
+    ///
+    /// # Errors
+    /// An L1 table lies in a hole of a file that has no room for it.
+    pub fn link(&self, views: &[usize], at: GuestOffset, table: HostOffset) -> Result<()> {
         let index = at.0 / self.header.l2_coverage();
+        views.iter().try_for_each(|view| self.keep_l1_room(*view, index))?;
         let copied = if views.len() == 1 { COPIED } else { 0 };
         let tables = &mut *self.write();
         for &view in views {
@@ -184,15 +199,28 @@ impl Staged {
             tables.dirty_l1.insert((view, index));
         }
         tables.new_tables.insert(table);
+        Ok(())
     }
 
-    /// Lets the active disk use the new L2 table at `copy` in the place of the one at `table`, with
-    /// the same entries.
+    fn keep_l1_room(&self, view: usize, index: u64) -> Result<()> {
+        let (at, entry) = {
+            let View { l1_at, l1, .. } = &self.read().views[view];
+            (*l1_at + index * 8, l1.entry(index))
+        };
+        room::keep(&*self.file, at, &entry.to_be_bytes())
+    }
+
+    /// Lets the active disk use the new L2 table at `copy`, which has its room, in the place of the one at
+    /// `table`, with the same entries.
+    ///
+    /// # Errors
+    /// As [`link`](Self::link); the table cannot be read.
     pub fn link_copy(&self, at: GuestOffset, table: HostOffset, copy: HostOffset) -> Result<()> {
         let step = self.slice_bytes();
         let starts = || (0..self.header.cluster_size()).step_by(step as usize);
         let slices = starts().map(|start| self.slice(table, table + start)).collect::<Result<Vec<_>>>()?;
         let index = at.0 / self.header.l2_coverage();
+        self.keep_l1_room(0, index)?;
         let tables = &mut *self.write();
         starts().zip(slices).for_each(|(start, slice)| tables.put(copy + start, slice));
         tables.views[0].l1.set_entry(index, copy.0 | COPIED);
@@ -204,44 +232,42 @@ impl Staged {
     /// New tables, whole: to be durable before the L1 entries that point to them.
     pub fn new_table_writes(&self) -> Vec<Write> {
         let size = self.header.cluster_size();
-        let tables = &mut *self.write();
-        tables.is_being_written = true;
-        let mut writes = Vec::new();
-        for &table in &tables.new_tables {
+        let tables = &*self.read();
+        let whole = |&table: &HostOffset| {
             let mut bytes = vec![0; size as usize];
-            for (at, slice) in tables.slices.range_mut(table..table + size) {
+            for (at, slice) in tables.slices.range(table..table + size) {
                 let start = (at.0 - table.0) as usize;
                 let words = slice.words.words();
                 bytes[start..start + words.len() * 8].copy_from_slice(&encode_words(words));
-                tables.dirty_slices -= usize::from(std::mem::take(&mut slice.is_dirty));
             }
-            writes.push((table, bytes));
-        }
-        writes
+            (table, bytes)
+        };
+        tables.new_tables.iter().map(whole).collect()
     }
 
     /// All other changes, which let guest offsets lead elsewhere: L2 slices and L1 entries.
-    pub fn take_links(&self) -> Vec<Write> {
-        let tables = &mut *self.write();
-        let mut writes: Vec<Write> = Vec::new();
-        for (at, slice) in tables.slices.iter_mut().filter(|(_, slice)| slice.is_dirty) {
-            slice.is_dirty = false;
-            writes.push((*at, encode_words(slice.words.words())));
-        }
-        tables.dirty_slices = 0;
-        for (view, index) in std::mem::take(&mut tables.dirty_l1) {
-            let View { l1_at, l1, .. } = &tables.views[view];
-            writes.push((*l1_at + index * 8, l1.entry(index).to_be_bytes().to_vec()));
-        }
+    pub fn links(&self) -> Vec<Write> {
+        let size = self.header.cluster_size();
+        let tables = &*self.read();
+        let is_new = |at: HostOffset| tables.new_tables.contains(&HostOffset(at.0 / size * size));
+        let slices = tables.slices.iter().filter(|(at, slice)| slice.is_dirty && !is_new(**at));
+        let mut writes: Vec<Write> =
+            slices.map(|(at, slice)| (*at, encode_words(slice.words.words()))).collect();
+        writes.extend(tables.dirty_l1.iter().map(|(view, index)| {
+            let View { l1_at, l1, .. } = &tables.views[*view];
+            (*l1_at + index * 8, l1.entry(*index).to_be_bytes().to_vec())
+        }));
         writes
     }
 
-    /// All that [`new_table_writes`](Self::new_table_writes) and [`take_links`](Self::take_links) have
-    /// returned is in the file.
+    /// All that [`new_table_writes`](Self::new_table_writes) and [`links`](Self::links) have returned is
+    /// in the file.
     pub fn are_written(&self) {
         let tables = &mut *self.write();
+        tables.slices.values_mut().for_each(|slice| slice.is_dirty = false);
+        tables.dirty_slices = 0;
+        tables.dirty_l1.clear();
         tables.new_tables.clear();
-        tables.is_being_written = false;
         tables.drop_clean(CLEAN_BUDGET / self.slice_bytes());
     }
 
@@ -290,17 +316,15 @@ impl Staged {
             false => read_words(&*self.file, at, words)?,
         };
         let words = Arc::new(L2Slice::new(words));
-        if !tables.is_being_written {
-            tables.drop_clean(2 * CLEAN_BUDGET / self.slice_bytes());
-        }
-        tables.slices.insert(at, Slice { words: words.clone(), is_dirty: false });
+        tables.drop_clean(2 * CLEAN_BUDGET / self.slice_bytes());
+        tables.slices.insert(at, Slice { words: words.clone(), is_dirty: false, has_room: false });
         Ok(words)
     }
 }
 
 impl Tables {
     fn put(&mut self, at: HostOffset, words: Arc<L2Slice>) {
-        let before = self.slices.insert(at, Slice { words, is_dirty: true });
+        let before = self.slices.insert(at, Slice { words, is_dirty: true, has_room: true });
         self.dirty_slices += usize::from(!before.is_some_and(|slice| slice.is_dirty));
     }
 
