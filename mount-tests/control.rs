@@ -3,6 +3,7 @@
 mod difference;
 mod names;
 mod rebase;
+mod times;
 
 mod wait;
 

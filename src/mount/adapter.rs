@@ -60,7 +60,7 @@ fn file_type(is_directory: bool) -> FileType {
 impl Adapter {
     fn attr(&self, shown: &Attributes) -> FileAttr {
         let owner = self.0.ownership();
-        let modified = shown.written.unwrap_or(owner.modified);
+        let modified = shown.moved.time().unwrap_or(owner.modified);
         FileAttr {
             ino: INodeNo(shown.inode.0),
             size: shown.size,

@@ -1,8 +1,9 @@
 //! What `stat` shows of the files in the tree, and how long the kernel may believe it.
 
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use super::flat::Allocated;
+use super::times::Moved;
 use super::tree::Inode;
 
 /// How long the kernel may go on believing what does not change, or of which it will be told.
@@ -18,8 +19,8 @@ pub(super) struct Attributes {
     pub(super) blocks: u64,
     pub(super) permissions: u16,
     pub(super) links: u32,
-    /// When a guest has written to it last, if one has.
-    pub(super) written: Option<SystemTime>,
+    /// When what it shows may have changed last.
+    pub(super) moved: Moved,
     /// How long the attributes hold.
     pub(super) valid: Duration,
     /// How long the name leads to this inode.
@@ -37,7 +38,7 @@ impl Attributes {
             permissions: 0o555,
             // As btrfs has it: nobody counts what lies in it.
             links: 1,
-            written: None,
+            moved: Moved::default(),
             valid: FOREVER,
             name_valid: FOREVER,
         }
@@ -56,7 +57,7 @@ impl Attributes {
             blocks: bytes.div_ceil(512),
             permissions: 0o444,
             links: 1,
-            written: None,
+            moved: Moved::default(),
             valid,
             // After a rebase it may lead to another one.
             name_valid: Duration::ZERO,

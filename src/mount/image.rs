@@ -7,11 +7,12 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::thread;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use super::flat::{Allocated, Flat, Seek};
 use super::partitions::Partition;
 use super::parts::{Folder, Part, Parts};
+use super::times::Times;
 use crate::chain::{Chain, Watch};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -32,8 +33,7 @@ pub(super) struct Image {
     past: Mutex<Vec<Weak<Moment>>>,
     /// Held by whoever is about to exchange the chain.
     changing: Mutex<()>,
-    /// When a guest has written last.
-    written: Mutex<Option<SystemTime>>,
+    times: Times,
 }
 
 /// What is read from until the chain is replaced.
@@ -60,7 +60,7 @@ impl Image {
             current: RwLock::new(Arc::new(first)),
             past: Mutex::default(),
             changing: Mutex::default(),
-            written: Mutex::default(),
+            times: Times::default(),
         }
     }
 
@@ -73,12 +73,12 @@ impl Image {
         let moment = self.moment();
         moment.disk.count_again();
         moment.parts.note_written();
-        *self.written.lock().unwrap_or_else(PoisonError::into_inner) = Some(SystemTime::now());
+        self.times.note_written();
     }
 
-    /// When a guest has written last, if one has.
-    pub(super) fn written(&self) -> Option<SystemTime> {
-        *self.written.lock().unwrap_or_else(PoisonError::into_inner)
+    /// When what it shows may have changed last.
+    pub(super) fn times(&self) -> &Times {
+        &self.times
     }
 
     /// The chain of the moment.

@@ -18,6 +18,7 @@ mod parts;
 mod point;
 mod session;
 mod snapshots;
+mod times;
 mod tree;
 mod unmount;
 mod view;

@@ -12,6 +12,7 @@ use super::control::{Answer, Control, Opened, Waker, Writer};
 use super::flat::{Allocated, Flat, Seek};
 use super::image::Image;
 use super::parts::{Folder, Part};
+use super::times::Moved;
 use super::tree::{ControlFile, Directory, Inode, Node};
 use super::writing::{Writing, write_error};
 use crate::error::{Error, ErrorKind, Result};
@@ -26,7 +27,7 @@ const PAGE: u64 = 4096;
 pub(super) struct Ownership {
     pub(super) user: u32,
     pub(super) group: u32,
-    /// When the image was last modified: a rebase changes nothing that can be seen in it.
+    /// When the image was modified before it was mounted: the time of all that has not changed since.
     pub(super) modified: SystemTime,
 }
 
@@ -54,8 +55,8 @@ const ENTRIES: usize = 512;
 #[derive(Clone)]
 enum Open {
     Control(Arc<Mutex<Opened>>),
-    /// A layer, and its inode.
-    Layer(Inode, Arc<Flat>),
+    /// A layer, its inode, and when it may have changed before it was opened.
+    Layer(Inode, Arc<Flat>, Moved),
 }
 
 /// The mounted view.
@@ -137,32 +138,37 @@ impl View {
         let layer_0_is_the_same_file = 2;
         let shown = Attributes::of_data(inode, self.image.size(), self.image.allocated());
         let permissions = if self.writing == Writing::Refused { 0o444 } else { 0o644 };
-        let (links, written) = (layer_0_is_the_same_file, self.image.written());
-        Attributes { links, written, permissions, name_valid: FOREVER, ..shown }
+        let (links, moved) = (layer_0_is_the_same_file, self.image.times().of_disk());
+        Attributes { links, moved, permissions, name_valid: FOREVER, ..shown }
     }
 
     fn attributes_of_part(&self, inode: Inode, part: Part) -> Result<Attributes> {
-        if let Some(past) = self.past_layer(inode, part) {
-            return Ok(Attributes::of_data(inode, past.size(), Allocated::AtMost(past.size())));
+        if let Some((past, moved)) = self.past_layer(inode, part) {
+            let shown = Attributes::of_data(inode, past.size(), Allocated::AtMost(past.size()));
+            return Ok(Attributes { moved, ..shown });
         }
         let view = self.image.part(part).map_err(|e| data_error(&e))?;
         let shown = Attributes::of_data(inode, view.size(), view.allocated());
-        Ok(match (self.writing, part) {
-            (Writing::Refused, _) | (_, Part::Layer(_) | Part::Snapshot(_)) => shown,
-            (_, Part::Partition(_)) => {
-                Attributes { written: self.image.written(), valid: Duration::ZERO, ..shown }
-            }
-        })
+        let times = self.image.times();
+        let moved = match part {
+            Part::Layer(_) => times.of_layers(),
+            Part::Snapshot(_) => times.of_snapshots(),
+            Part::Partition(_) => times.of_disk(),
+        };
+        // The kernel does not know that what is written to the disk is in a partition too.
+        let is_written = self.writing != Writing::Refused && matches!(part, Part::Partition(_));
+        let valid = if is_written { Duration::ZERO } else { shown.valid };
+        Ok(Attributes { moved, valid, ..shown })
     }
 
     /// A layer of a chain that was replaced, if somebody has it open.
-    fn past_layer(&self, inode: Inode, part: Part) -> Option<Arc<Flat>> {
+    fn past_layer(&self, inode: Inode, part: Part) -> Option<(Arc<Flat>, Moved)> {
         if !matches!(part, Part::Layer(_)) || inode.incarnation() == self.image.number() {
             return None;
         }
         let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         open.values().find_map(|open| match open {
-            Open::Layer(its_inode, flat) if *its_inode == inode => Some(flat.clone()),
+            Open::Layer(its_inode, flat, moved) if *its_inode == inode => Some((flat.clone(), *moved)),
             _ => None,
         })
     }
@@ -172,13 +178,11 @@ impl View {
         // A dry run and a comparison need no image that can be written.
         let may_only_look = matches!(file, ControlFile::Difference | ControlFile::Rebase);
         let is_writable = file.is_writable() && (self.control.is_writable() || may_only_look);
-        let (size, valid) = match file {
+        let size = match file {
             // `cat` into a file lets the kernel copy, and that copies no more than the size.
-            ControlFile::Difference | ControlFile::Rebase => {
-                (self.control.found_bytes(file).max(PAGE), Duration::ZERO)
-            }
-            _ if file.is_writable() => (PAGE, FOREVER),
-            _ => (0, FOREVER),
+            ControlFile::Difference | ControlFile::Rebase => self.control.found_bytes(file).max(PAGE),
+            _ if file.is_writable() => PAGE,
+            _ => 0,
         };
         Attributes {
             inode,
@@ -187,8 +191,9 @@ impl View {
             blocks: size.div_ceil(512),
             permissions: readable | if is_writable { 0o200 } else { 0 },
             links: 1,
-            written: None,
-            valid,
+            moved: self.control.moved(file),
+            // It says something else without being told to.
+            valid: Duration::ZERO,
             // The name leads to another incarnation as soon as a job runs.
             name_valid: Duration::ZERO,
         }
@@ -230,14 +235,15 @@ impl View {
             Node::Disk | Node::Part(Part::Snapshot(_) | Part::Partition(_)) => return Ok((0, Pages::Kept)),
             Node::Control(file) => (Open::Control(Arc::new(Mutex::new(Opened::new(file)))), Pages::None),
             Node::Part(part @ Part::Layer(_)) => {
-                let flat = match self.past_layer(inode, part) {
+                let moved = self.image.times().of_layers();
+                let (flat, moved) = match self.past_layer(inode, part) {
                     Some(past) => past,
                     None if inode.incarnation() == self.image.number() => {
-                        self.image.part(part).map_err(|e| data_error(&e))?.for_ever()
+                        (self.image.part(part).map_err(|e| data_error(&e))?.for_ever(), moved)
                     }
                     None => return Err(no_such_file()),
                 };
-                (Open::Layer(inode, flat), Pages::Kept)
+                (Open::Layer(inode, flat, moved), Pages::Kept)
             }
         };
         let handle = self.next_handle.fetch_add(1, Ordering::Relaxed);
@@ -274,7 +280,7 @@ impl View {
             return read.map_err(|e| data_error(&e));
         }
         match self.opened(handle)? {
-            Open::Layer(_, flat) => flat.read(offset, buffer).map_err(|e| data_error(&e)),
+            Open::Layer(_, flat, _) => flat.read(offset, buffer).map_err(|e| data_error(&e)),
             Open::Control(opened) => {
                 let mut opened = opened.lock().unwrap_or_else(PoisonError::into_inner);
                 self.control.read(&mut opened, offset, buffer).inspect_err(|e| log::error!("{e}"))
@@ -349,7 +355,7 @@ impl View {
                 self.image.part(part).and_then(|view| view.seek(offset, goal))
             }
             _ => match self.opened(handle)? {
-                Open::Layer(_, flat) => flat.seek(offset, goal),
+                Open::Layer(_, flat, _) => flat.seek(offset, goal),
                 Open::Control(_) => {
                     let size = self.attributes(inode)?.size;
                     return Ok((offset < size).then_some(if goal == Seek::Data { offset } else { size }));

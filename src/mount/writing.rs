@@ -111,6 +111,7 @@ impl Image {
             return Err(Error::new(ErrorKind::Busy, "the disk cannot grow while a rebase is under way"));
         };
         self.replace(self.chain().grown(size)?);
+        self.note_written();
         Ok(())
     }
 }

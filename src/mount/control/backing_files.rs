@@ -10,6 +10,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::chain::{Change, Watch};
+use crate::mount::times::Moved;
 
 /// Who asks waits so long; a look that takes longer is in the next answer.
 const PATIENCE: Duration = Duration::from_millis(500);
@@ -24,6 +25,8 @@ pub(super) struct BackingFiles {
 struct Known {
     is_looking: bool,
     changes: Vec<Change>,
+    /// When these were others.
+    moved: Moved,
     /// What the log has been told of.
     warned: HashSet<PathBuf>,
 }
@@ -51,9 +54,17 @@ impl BackingFiles {
                 log::warn!("{change}: the backing file has changed while it is mounted");
             }
         }
+        if known.changes != changes {
+            known.moved = known.moved.now();
+        }
         known.changes = changes;
         known.is_looking = false;
         self.looked.notify_all();
+    }
+
+    /// When something else was found than before.
+    pub(super) fn moved(&self) -> Moved {
+        self.known().moved
     }
 
     fn known(&self) -> MutexGuard<'_, Known> {

@@ -3,6 +3,8 @@
 
 use std::collections::HashMap;
 
+use crate::mount::times::Moved;
+
 /// Wakes one who waits. Must not block.
 pub(in crate::mount) type Waker = Box<dyn FnOnce() + Send>;
 
@@ -10,6 +12,8 @@ pub(in crate::mount) type Waker = Box<dyn FnOnce() + Send>;
 pub(super) struct Changes {
     /// How many there were.
     number: u64,
+    /// When the last one was.
+    moved: Moved,
     /// Who waits for the next, by the opening of the file that he waits at.
     waiting: HashMap<u64, Waker>,
 }
@@ -19,9 +23,14 @@ impl Changes {
         self.number
     }
 
+    pub(super) fn moved(&self) -> Moved {
+        self.moved
+    }
+
     /// Notes a change and wakes all who wait for one.
     pub(super) fn add(&mut self) {
         self.number += 1;
+        self.moved = self.moved.now();
         self.waiting.drain().for_each(|(_, wake)| wake());
     }
 

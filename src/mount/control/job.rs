@@ -97,7 +97,8 @@ impl Control {
             }
             Task::Compare => {
                 let found = look(&self.image.chain(), &opener, request, progress)?;
-                self.state().compared = report::difference(&self.image.chain(), request, &found).into();
+                let text = report::difference(&self.image.chain(), request, &found);
+                self.state().compared.set(text);
                 return Ok(Done::Compared(found.bytes()));
             }
         }
@@ -105,6 +106,10 @@ impl Control {
         self.image.replace(chain.clone());
         // Beside those who write, what was read from the image until now may be what it was long ago.
         let may_be_others = job.command.changes_bytes() || !opener.takes_locks();
+        match may_be_others {
+            true => self.image.times().note_exchanged(),
+            false => self.image.times().note_rebased(),
+        }
         (mounted.replaced)(if may_be_others { Bytes::Others } else { Bytes::Same });
         if options.reclaim {
             let publish = |chain| self.image.supersede(chain, || progress.is_cancelled());
@@ -120,7 +125,7 @@ impl Control {
         let chain = self.image.chain();
         let image = chain.top().map_or(Path::new(""), |top| top.file().path());
         let text = format!("{:#}\n", found.as_json(image));
-        self.state().rehearsed = text.into_bytes().into();
+        self.state().rehearsed.set(text.into_bytes());
         found.report
     }
 

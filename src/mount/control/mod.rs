@@ -17,6 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 
 use super::image::Image;
+use super::times::Moved;
 use super::tree::ControlFile;
 use crate::chain::{Change, Opener};
 use crate::error::{Error, ErrorKind, Result};
@@ -70,13 +71,26 @@ struct State {
     worker: Option<JoinHandle<()>>,
     last: Option<Outcome>,
     /// What the last dry run found, as text: what `ctl/rebase` reads as.
-    rehearsed: Arc<[u8]>,
+    rehearsed: Found,
     /// The same of the last comparison, and `ctl/difference`.
-    compared: Arc<[u8]>,
+    compared: Found,
     /// Why a command was turned away while another ran.
     refused: Option<String>,
     changes: Changes,
     is_closed: bool,
+}
+
+/// What somebody has asked for, as text, and when it was found.
+#[derive(Default)]
+struct Found {
+    text: Arc<[u8]>,
+    moved: Moved,
+}
+
+impl Found {
+    fn set(&mut self, text: Vec<u8>) {
+        (self.text, self.moved) = (text.into(), self.moved.now());
+    }
 }
 
 struct Running {
@@ -241,7 +255,27 @@ impl Control {
 
     fn found(&self, file: ControlFile) -> Arc<[u8]> {
         let state = self.state();
-        if file == ControlFile::Difference { state.compared.clone() } else { state.rehearsed.clone() }
+        let found = if file == ControlFile::Difference { &state.compared } else { &state.rehearsed };
+        found.text.clone()
+    }
+
+    /// When what a file says may have changed last.
+    pub(super) fn moved(&self, file: ControlFile) -> Moved {
+        let (state, times) = (self.state(), self.image.times());
+        match file {
+            ControlFile::Backing | ControlFile::Chain => times.of_layers(),
+            ControlFile::Cancel => Moved::default(),
+            ControlFile::Difference => state.compared.moved,
+            ControlFile::Rebase => state.rehearsed.moved,
+            ControlFile::Partitions => times.of_disk(),
+            // A rebase that failed may have left clusters of its own.
+            ControlFile::Info | ControlFile::Map => {
+                state.changes.moved().max(times.of_disk()).max(times.of_layers())
+            }
+            // It is under way, and something else at each moment.
+            ControlFile::Status if state.running.is_some() => state.changes.moved().now(),
+            ControlFile::Status => state.changes.moved().max(self.backing_files.moved()),
+        }
     }
 
     /// Takes bytes written to a control file. `answer` is called when the command that they
