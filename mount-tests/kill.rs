@@ -3,6 +3,8 @@
 
 use std::process::Command;
 
+use serde_json::Value;
+
 use crate::interrupted::{held, large};
 use crate::mounted::{Mounted, is_running, wait_until};
 use crate::scratch::{Scratch, rebasefs};
@@ -78,10 +80,11 @@ impl Case {
 
     /// Rebases to the end; returns how many bytes were copied or zeroed.
     fn rebase(&self, when: &str) -> u64 {
-        let said = self.scratch.rebasefs(REBASE);
+        let said = self.scratch.rebasefs(&format!("{REBASE} --output=json"));
         self.is_sound(when);
         assert!(self.scratch.qemu_img("info cow.qcow2").contains("backing file: new.raw"), "{when}");
-        amount_before(&said, " copied") + amount_before(&said, " zeroed")
+        let report: Value = serde_json::from_str(&said).unwrap();
+        report["copied"].as_u64().unwrap() + report["zeroed"].as_u64().unwrap()
     }
 
     /// Rebases, killed at each call of this kind in turn; returns what each second try had to copy.
@@ -127,19 +130,6 @@ impl Case {
         self.is_sound(&format!("after {at:?}"));
         Some(copied)
     }
-}
-
-/// The size before a word of the summary: `128 KiB copied`.
-fn amount_before(summary: &str, word: &str) -> u64 {
-    let before = &summary[..summary.find(word).unwrap_or_else(|| panic!("no{word} in {summary}"))];
-    let mut words = before.rsplit(' ');
-    let unit = match words.next() {
-        Some("B") => 1.0,
-        Some("KiB") => 1024.0,
-        Some("MiB") => 1048576.0,
-        _ => panic!("{summary}"),
-    };
-    (words.next().unwrap().parse::<f64>().unwrap() * unit) as u64
 }
 
 #[test]
@@ -201,8 +191,7 @@ fn several_workers_killed_at_any_write_or_sync_lose_nothing_and_go_on_from_there
             assert!(matches!(s.run("qemu-img", "check cow.qcow2").code, Some(0 | 3)), "{when}");
             assert!(s.guest_bytes("qcow2", "cow.qcow2") == vec![0x11; total as usize], "{when}");
             let kept = held(&s);
-            let again: serde_json::Value =
-                serde_json::from_str(&s.rebasefs(&format!("{REBASE} --output json"))).unwrap();
+            let again: Value = serde_json::from_str(&s.rebasefs(&format!("{REBASE} --output json"))).unwrap();
             assert_eq!(again["copied"], total - kept, "{when}");
             assert!(s.guest_bytes("qcow2", "cow.qcow2") == vec![0x11; total as usize], "{when}");
             assert!(matches!(s.run("qemu-img", "check cow.qcow2").code, Some(0 | 3)), "{when}");
@@ -363,8 +352,7 @@ fn killed_late_a_large_rebase_keeps_most_of_what_it_has_copied() {
     s.same("cow.qcow2", "base.raw");
     let kept = held(&s);
     assert!(kept >= 512 << 20, "{kept} bytes are kept");
-    let again: serde_json::Value =
-        serde_json::from_str(&s.rebasefs(&format!("{REBASE} --output json"))).unwrap();
+    let again: Value = serde_json::from_str(&s.rebasefs(&format!("{REBASE} --output json"))).unwrap();
     assert_eq!(again["copied"], total - kept);
     s.same("cow.qcow2", "base.raw");
     assert!(matches!(s.run("qemu-img", "check cow.qcow2").code, Some(0 | 3)));

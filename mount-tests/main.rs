@@ -38,6 +38,7 @@ mod rebase;
 mod repair;
 mod room;
 mod scratch;
+mod shown;
 mod system;
 mod terminal;
 mod traced;

@@ -134,7 +134,7 @@ fn the_closing_line_tells_what_happened() {
     }
     assert_eq!((&report["actual-size-before"], &report["actual-size"]), (&before, &disk("cow.qcow2")));
     assert!(report["seconds"].is_number());
-    let said = s.rebasefs("rebase --reclaim -b new other.qcow2");
+    let said = s.rebasefs("-v rebase --reclaim -b new other.qcow2");
     let figures = "Image rebased: of 4 MiB not in the overlay, 2 MiB were equal by metadata, 2 MiB compared; \
                    1 MiB copied, 0 B zeroed; 1 MiB reclaimed; ";
     assert!(said.starts_with(figures) && said.contains(" on the disk, ") && said.ends_with(" s\n"), "{said}");

@@ -11,7 +11,7 @@ mod random;
 mod reflink;
 mod traps;
 
-use crate::scratch::Scratch;
+use crate::scratch::{Scratch, rebasefs};
 
 const CLUSTER: usize = 65536;
 
@@ -84,7 +84,7 @@ fn trap_19_the_format_is_recognised_and_recorded_if_nobody_gives_it() {
 fn flatten_holds_data_only_where_there_was_data() {
     let scratch = three("compat=1.1", "11 -- 11 --", "11", "-- -- 77 zz");
     let before = scratch.guest_bytes("qcow2", "cow.qcow2");
-    let ended = scratch.run_args(crate::scratch::rebasefs(), &["rebase", "-b", "", "cow.qcow2"]);
+    let ended = scratch.run_args(rebasefs(), &["rebase", "-b", "", "cow.qcow2"]);
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);
     assert!(before == scratch.guest_bytes("qcow2", "cow.qcow2"));
     scratch.check_clean("cow.qcow2");
@@ -270,7 +270,7 @@ fn header_extensions_survive_every_swap() {
         for _ in 0..2 {
             rebase_keeps_everything(&scratch, "-b new -F raw", &["new"]);
             assert_eq!(specific(), before);
-            let ended = scratch.run_args(crate::scratch::rebasefs(), &["rebase", "-b", "", "cow.qcow2"]);
+            let ended = scratch.run_args(rebasefs(), &["rebase", "-b", "", "cow.qcow2"]);
             assert_eq!(ended.code, Some(0), "{}", ended.stderr);
             assert_eq!(specific(), before);
             scratch.check_clean("cow.qcow2");
@@ -359,6 +359,27 @@ fn progress_is_shown_as_qemu_img_shows_it_and_quiet_is_quiet() {
     let said = scratch.rebasefs("rebase -p -b new -F raw cow.qcow2");
     assert!(said.contains("    (100.00/100%)\r\n"), "{said}");
     assert_eq!(scratch.rebasefs("rebase -q -p -b old -F raw cow.qcow2"), "");
+    // A script that calls qemu-img today reads nothing; a person at a terminal is told, see `progress.rs`.
+    assert_eq!(scratch.rebasefs("rebase -b new -F raw cow.qcow2"), "");
+    let ended = scratch.run(rebasefs(), "rebase -p -b old -F raw cow.qcow2");
+    assert!(ended.stdout.ends_with("    (100.00/100%)\r\n") && ended.stderr.is_empty(), "{}", ended.stdout);
+    let said = scratch.rebasefs("-v rebase -b new -F raw cow.qcow2");
+    assert!(said.starts_with("Image rebased: "), "{said}");
+    assert!(scratch.rebasefs("rebase --dry-run -b old -F raw cow.qcow2").contains("Nothing written: "));
+}
+
+#[test]
+fn quiet_keeps_back_warnings_and_no_error() {
+    let scratch = three("compat=1.1", "11 11", "22 11", "-- --");
+    let run = |line: &str| scratch.run(rebasefs(), line);
+    let told = run("rebase -t unsafe -b new -F raw cow.qcow2");
+    assert!(told.stderr.contains("WARN") && told.stderr.contains("cache mode unsafe"), "{}", told.stderr);
+    let quiet = run("rebase -q -t unsafe -b old -F raw cow.qcow2");
+    assert_eq!((quiet.code, &*quiet.stdout, &*quiet.stderr), (Some(0), "", ""));
+    let both = run("-v rebase -q -t unsafe -b new -F raw cow.qcow2");
+    assert!(both.stdout.is_empty() && both.stderr.contains("cache mode unsafe"), "{}", both.stderr);
+    let said = scratch.rebasefs_fails(1, "rebase -q -b missing -F raw cow.qcow2");
+    assert!(said.starts_with("rebasefs: ") && said.contains("missing"), "{said}");
 }
 
 #[test]

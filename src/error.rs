@@ -4,10 +4,11 @@
 //! Owns the table from [`ErrorKind`] to errno. Must not know any format or command: callers name
 //! what they were doing.
 
-use std::fmt;
+use std::fmt::{self, Write};
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::shown::{OneLine, Shown};
 use crate::sys::errno;
 
 /// The result of everything that can fail here.
@@ -89,7 +90,8 @@ impl ErrorKind {
 }
 
 /// An error with its circumstances. Displays as
-/// `while REBASING: /vm/cow.qcow2: WHAT WENT WRONG at offset 0x30000: Input/output error (HINT)`.
+/// `while REBASING: /vm/cow.qcow2: WHAT WENT WRONG at offset 0x30000: Input/output error (HINT)`,
+/// on one line whatever the names in it: what a terminal would obey is escaped.
 #[derive(Debug)]
 pub struct Error(Box<Circumstances>);
 
@@ -197,12 +199,12 @@ impl Error {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let c = &self.0;
+        let (c, f) = (&self.0, &mut OneLine(f));
         for doing in c.doing.iter().rev() {
             write!(f, "while {doing}: ")?;
         }
         if let Some(path) = &c.path {
-            write!(f, "{}: ", path.display())?;
+            write!(f, "{}: ", path.shown())?;
         }
         f.write_str(&c.what)?;
         if let Some(offset) = c.offset {
@@ -253,6 +255,9 @@ impl<T> Context<T> for Result<T> {
 
 #[cfg(test)]
 mod tests {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+
     use super::*;
 
     #[test]
@@ -276,5 +281,12 @@ mod tests {
         let e = Error::corrupt("x").path("deep").path("shallow");
         assert_eq!(e.file(), Some(Path::new("deep")));
         assert_eq!(e.errno(), errno::EUCLEAN);
+    }
+
+    #[test]
+    fn whatever_the_names_it_stays_one_line_that_no_terminal_obeys() {
+        let name = <OsStr as OsStrExt>::from_bytes(b"a\nb\xff\x1b[2J");
+        let e = Error::invalid("no\nway").path(name).hint("try\ragain").doing("opening \u{9b}0m");
+        assert_eq!(e.to_string(), "while opening \\u{9b}0m: a\\nb\\xff\\u{1b}[2J: no\\nway (try\\ragain)");
     }
 }

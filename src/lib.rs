@@ -26,6 +26,7 @@
 //! | [`layer`] | one image, opened: raw or qcow2 |
 //! | [`file`](mod@file) | positioned I/O, holes, sync and locks of host files |
 //! | [`error`] | one error: what, while doing what, to which file, where; and its errno |
+//! | `shown` | text that a terminal can be shown: one line, nothing that it obeys |
 //! | `sys` | system calls that std lacks; the only `unsafe` |
 //!
 //! # Invariants
@@ -210,6 +211,7 @@ pub mod file;
 pub mod layer;
 pub mod mount;
 pub mod rebase;
+mod shown;
 mod sys;
 
 pub use chain::Chain;

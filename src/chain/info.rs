@@ -12,6 +12,7 @@ use crate::layer::qcow2::extension::kind;
 use crate::layer::qcow2::header::{autoclear, compatible, incompatible};
 use crate::layer::qcow2::{Bitmap, Compression, Header, Qcow2, Snapshot};
 use crate::layer::{Layer, Reference};
+use crate::shown;
 
 /// An image; the fields of qemu-img's ImageInfo.
 #[derive(Clone, Debug, Serialize)]
@@ -198,7 +199,7 @@ pub(crate) fn json(value: &impl Serialize) -> Result<String> {
         serde_json::Serializer::with_formatter(&mut bytes, PrettyFormatter::with_indent(b"    "));
     let written = value.serialize(&mut serializer);
     written.map_err(|e| Error::io(e.into(), "cannot write JSON"))?;
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
+    Ok(shown::json(&String::from_utf8_lossy(&bytes)).into_owned())
 }
 
 fn name_of(reference: &Reference) -> String {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use super::Chain;
 use crate::file::{HostFile, Identity, Stamp};
+use crate::shown::Shown;
 use crate::sys;
 
 /// The files of a chain as they were at one moment. Keeps them open.
@@ -51,7 +52,7 @@ impl Watch {
 
 impl fmt::Display for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} ({})", self.path.display(), self.now)
+        write!(f, "{} ({})", self.path.shown(), self.now)
     }
 }
 

@@ -74,6 +74,11 @@ impl From<Repair> for repair::Repair {
 }
 
 impl Arguments {
+    /// Whether `-q` was typed.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.quiet
+    }
+
     /// Whether it writes.
     pub(super) fn repairs(&self) -> bool {
         self.repair.is_some()

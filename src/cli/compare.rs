@@ -77,6 +77,11 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
 }
 
 impl Arguments {
+    /// Whether `-q` was typed.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.quiet
+    }
+
     fn compare(&self, first: &Chain, second: &Chain) -> Result<u8, Trouble> {
         let (one, two) = (first.virtual_size(), second.virtual_size());
         if self.strict && one != two {

@@ -14,6 +14,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::file::{HostFile, Identity, LocalFile};
 use crate::layer::qcow2::create::{Preallocation, Spec, create, write_zeros};
 use crate::layer::{Format, Reference};
+use crate::shown::{self, Shown};
 
 const USAGE: &str = "`rebasefs create -f FORMAT FILE SIZE`";
 
@@ -63,11 +64,16 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
     let Some(file) = &arguments.file else {
         return Err(Error::invalid("create needs the name of the new image").hint(USAGE));
     };
-    arguments.create(format, file).doing(|| format!("creating {}", file.display()))?;
+    arguments.create(format, file).doing(|| format!("creating {}", file.shown()))?;
     Ok(ExitCode::SUCCESS)
 }
 
 impl Arguments {
+    /// Whether `-q` was typed.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.quiet
+    }
+
     fn create(&self, format: Format, file: &Path) -> Result<()> {
         let mut options = self.options(format)?;
         if let Some(backing) = options.backing() {
@@ -83,7 +89,8 @@ impl Arguments {
         };
         wanted.validate()?;
         if !self.quiet {
-            print(&format!("Formatting '{}', fmt={format}{}\n", file.display(), options.echo()))?;
+            let echo = options.echo();
+            print(&format!("Formatting '{}', fmt={format}{}\n", file.shown(), shown::line(&echo)))?;
         }
         wanted.make(file)
     }
@@ -208,7 +215,7 @@ fn data_path(image: &Path, name: &OsStr) -> Result<PathBuf> {
     let directory = directory.unwrap_or(Path::new("."));
     let same = Identity::of(directory).ok() == Identity::of(Path::new(".")).ok();
     if Path::new(name).is_relative() && !same {
-        let what = format!("the name of the data file, '{}', is relative", name.display());
+        let what = format!("the name of the data file, '{}', is relative", name.shown());
         let hint = "QEMU would look for it in the current directory; write it with its full path";
         return Err(Error::invalid(what).hint(hint));
     }

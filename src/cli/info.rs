@@ -13,6 +13,7 @@ use super::size;
 use crate::chain::info::{Child, FormatSpecific, ImageInfo, SnapshotInfo};
 use crate::error::{Error, Result};
 use crate::file::Access;
+use crate::shown;
 use crate::sys;
 
 /// Show what an image is: sizes, backing file, snapshots, features
@@ -69,19 +70,20 @@ impl Arguments {
 
 fn text(info: &ImageInfo) -> Result<String> {
     let mut lines = vec![
-        format!("image: {}", info.filename),
+        format!("image: {}", shown::line(&info.filename)),
         format!("file format: {}", info.format),
         format!("virtual size: {} ({} bytes)", size::text(info.virtual_size), info.virtual_size),
         format!("disk size: {}", size::text(info.actual_size)),
     ];
     lines.extend(info.cluster_size.map(|bytes| format!("cluster_size: {bytes}")));
     lines.extend(info.dirty_flag.then(|| "cleanly shut down: no".to_owned()));
-    lines.extend(info.backing_filename.as_ref().map(|name| match &info.full_backing_filename {
+    let shown = |name: &Option<String>| name.as_ref().map(|name| shown::line(name).into_owned());
+    lines.extend(shown(&info.backing_filename).map(|name| match shown(&info.full_backing_filename) {
         None => format!("backing file: {name} (cannot determine actual path)"),
         Some(full) if full == name => format!("backing file: {name}"),
         Some(full) => format!("backing file: {name} (actual path: {full})"),
     }));
-    lines.extend(info.backing_filename_format.as_ref().map(|name| format!("backing file format: {name}")));
+    lines.extend(shown(&info.backing_filename_format).map(|name| format!("backing file format: {name}")));
     if !info.snapshots.is_empty() {
         lines.push("Snapshot list:".to_owned());
         lines.push(columns(&["ID", "TAG", "VM_SIZE", "DATE", "VM_CLOCK", "ICOUNT"].map(str::to_owned)));
@@ -118,7 +120,7 @@ fn outline(text: &mut String, depth: usize, value: &Value) {
         // Writing to a string cannot fail.
         let _ = match value {
             Value::Object(_) | Value::Array(_) => writeln!(text, "{indent}{name}:"),
-            Value::String(word) => writeln!(text, "{indent}{name}: {word}"),
+            Value::String(word) => writeln!(text, "{indent}{name}: {}", shown::line(word)),
             other => writeln!(text, "{indent}{name}: {other}"),
         };
         outline(text, depth + 1, value);
@@ -130,7 +132,7 @@ fn child_text(child: &Child) -> String {
     format!(
         "Child node '/{name}':\n    filename: {}\n    protocol type: {}\n    file length: {} ({} bytes)\n    \
          disk size: {}\n",
-        info.filename,
+        shown::line(&info.filename),
         info.format,
         size::text(info.virtual_size),
         info.virtual_size,
@@ -148,8 +150,8 @@ fn snapshot_line(snapshot: &SnapshotInfo) -> String {
     let (seconds, milliseconds) = (snapshot.vm_clock_sec, snapshot.vm_clock_nsec / 1_000_000);
     let (hours, minutes) = (seconds / 3600, seconds / 60 % 60);
     columns(&[
-        snapshot.id.clone(),
-        snapshot.name.clone(),
+        shown::line(&snapshot.id).into_owned(),
+        shown::line(&snapshot.name).into_owned(),
         size::text(snapshot.vm_state_size),
         date,
         format!("{hours:04}:{minutes:02}:{:02}.{milliseconds:03}", seconds % 60),

@@ -12,6 +12,7 @@ use super::size;
 use crate::chain::{Chain, MapEntry};
 use crate::error::{Error, Result};
 use crate::file::Access;
+use crate::shown::Shown;
 
 /// Show which layer of the chain holds which bytes of the disk
 #[derive(Debug, Args)]
@@ -99,7 +100,7 @@ fn print_table(chain: &Chain, start: u64, length: u64) -> Result<()> {
             return Err(error.path(chain.layers()[entry.depth].file().path()).hint("use `--output=json`"));
         };
         let [start, length, offset] = [entry.start, entry.length, offset].map(hexadecimal);
-        print(&format!("{start:<16}{length:<16}{offset:<16}{}\n", file.display()))?;
+        print(&format!("{start:<16}{length:<16}{offset:<16}{}\n", file.shown()))?;
     }
     Ok(())
 }
@@ -117,12 +118,12 @@ fn draw(chain: &Chain, start: u64, length: u64, grid: impl FnOnce(u64) -> Grid) 
         kind('-', Colour::Faint, 1, "zeros in a layer".to_owned()),
     ];
     kinds.extend(chain.layers().iter().enumerate().map(|(depth, layer)| {
-        let name = format!("{depth}: {} ({})", layer.file().path().display(), layer.format());
+        let name = format!("{depth}: {} ({})", layer.file().path().shown(), layer.format());
         kind(symbol(depth), Colour::Strong(depth), 2, name)
     }));
     let size = chain.virtual_size();
     let (start, end) = (start.min(size), start.saturating_add(length).min(size));
-    let title = chain.top().map_or_else(String::new, |top| top.file().path().display().to_string());
+    let title = chain.top().map_or_else(String::new, |top| top.file().path().shown().to_string());
     let mut picture = Picture::new(title, start, end, kinds, grid(smallest(chain)));
     for entry in chain.map(start, length) {
         let entry = entry?;

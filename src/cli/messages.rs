@@ -6,10 +6,12 @@ use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 
 use anstream::{AutoStream, ColorChoice};
-use env_logger::{Builder, Env, Target, TimestampPrecision, WriteStyle};
+use env_logger::{Builder, Env, Logger, Target, TimestampPrecision, WriteStyle};
+use log::{Log, Metadata, Record};
 
 use super::progress;
 use crate::rebase::UNVERIFIED;
+use crate::shown;
 
 /// What is told with no, one, two and more `-v`. fuser warns that it could not unmount what `umount`
 /// has unmounted already.
@@ -52,23 +54,52 @@ impl Unverified {
     }
 }
 
-/// Messages go to the standard error from now on. `-v` counts more than `RUST_LOG`.
-pub(super) fn start(verbose: u8, time: Time, unverified: Unverified) {
+/// Messages go to the standard error from now on. What was typed, `-v` or `-q`, counts more than
+/// `RUST_LOG`, and `-v` more than `-q`.
+pub(super) fn start(verbose: u8, is_quiet: bool, time: Time, unverified: Unverified) {
     let level = LEVELS[usize::from(verbose).min(LEVELS.len() - 1)];
-    let mut builder = match verbose {
-        0 if unverified == Unverified::Untold => {
-            Builder::from_env(Env::default().default_filter_or(format!("{level},{UNVERIFIED}=off")))
-        }
-        0 => Builder::from_env(Env::default().default_filter_or(level)),
-        _ => Builder::new(),
+    let level = match (verbose, is_quiet, unverified) {
+        (0, true, _) => "error".to_owned(),
+        (0, false, Unverified::Untold) => format!("{level},{UNVERIFIED}=off"),
+        _ => level.to_owned(),
     };
-    if verbose > 0 {
-        builder.parse_filters(level);
-    }
+    let mut builder = if verbose > 0 || is_quiet {
+        let mut builder = Builder::new();
+        builder.parse_filters(&level);
+        builder
+    } else {
+        Builder::from_env(Env::default().default_filter_or(level))
+    };
     builder.format_timestamp((time == Time::Told).then_some(TimestampPrecision::Seconds));
     builder.target(Target::Pipe(Box::new(AboveTheBar))).write_style(style());
+    let logger = builder.build();
+    let most = logger.filter();
     // A program that calls us as a library may have a logger of its own.
-    let _ = builder.try_init();
+    if log::set_boxed_logger(Box::new(OneLineEach(logger))).is_ok() {
+        log::set_max_level(most);
+    }
+}
+
+/// Messages name files, and names can hold what a terminal obeys; each is shown on one line.
+struct OneLineEach(Logger);
+
+impl Log for OneLineEach {
+    fn enabled(&self, metadata: &Metadata) -> bool {
+        self.0.enabled(metadata)
+    }
+
+    fn log(&self, record: &Record) {
+        if self.0.matches(record) {
+            let message = record.args().to_string();
+            let mut shown = Record::builder();
+            shown.metadata(record.metadata().clone()).module_path(record.module_path());
+            self.0.log(&shown.args(format_args!("{}", shown::line(&message))).build());
+        }
+    }
+
+    fn flush(&self) {
+        self.0.flush();
+    }
 }
 
 /// The standard error, where the logger takes it for a pipe: a message is written in one go, and the

@@ -27,6 +27,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::shown::Shown;
 use crate::sys;
 use helper::Called;
 use messages::{Time, Unverified};
@@ -68,10 +69,12 @@ pub fn run(typed: &[OsString]) -> ExitCode {
 fn run_typed(typed: &[OsString]) -> ExitCode {
     let command = match Cli::try_parse_from(typed) {
         Ok(cli) => {
-            messages::start(cli.verbose, cli.command.time(), cli.command.unverified());
+            let (is_quiet, time) = (cli.command.is_quiet(), cli.command.time());
+            messages::start(cli.verbose, is_quiet, time, cli.command.unverified());
             cli.command
         }
         Err(e) => {
+            let e = shown_error(typed).unwrap_or(e);
             // Where it cannot be printed there is nobody to tell.
             let _ = e.print();
             return if e.use_stderr() { failure(typed) } else { ExitCode::SUCCESS };
@@ -81,6 +84,12 @@ fn run_typed(typed: &[OsString]) -> ExitCode {
         print::complain(&format!("rebasefs: {error}"));
         failure(typed)
     })
+}
+
+/// What is wrong with what was typed, in words that a terminal can be shown: with names escaped, since
+/// clap repeats them as they are.
+fn shown_error(typed: &[OsString]) -> Option<clap::Error> {
+    Cli::try_parse_from(typed.iter().map(|word| word.shown().to_string())).err()
 }
 
 /// What a failure ends with: 1, but 2 for `compare`, where 1 means "they differ".
@@ -111,6 +120,17 @@ impl Command {
         match self {
             Self::Mount(_) => Unverified::Told,
             _ => Unverified::on_a_terminal(),
+        }
+    }
+
+    /// Whether `-q` keeps back what is no error: warnings, too.
+    fn is_quiet(&self) -> bool {
+        match self {
+            Self::Rebase(arguments) => arguments.is_quiet(),
+            Self::Compare(arguments) => arguments.is_quiet(),
+            Self::Check(arguments) => arguments.is_quiet(),
+            Self::Create(arguments) => arguments.is_quiet(),
+            _ => false,
         }
     }
 

@@ -7,6 +7,7 @@ use serde::Serialize;
 use super::progress;
 use crate::chain::info::json;
 use crate::error::{Error, Result};
+use crate::shown;
 
 /// Writes text to the standard output. A reader that has gone away (`… | head`) has what it wanted.
 pub(super) fn print(text: &str) -> Result<()> {
@@ -25,7 +26,7 @@ pub(super) fn print(text: &str) -> Result<()> {
 /// Writes a line of diagnosis to the standard error.
 pub(super) fn complain(text: &str) {
     // Where it cannot be written there is nobody to tell.
-    let _ = progress::aside(|| writeln!(io::stderr().lock(), "{text}"));
+    let _ = progress::aside(|| writeln!(io::stderr().lock(), "{}", shown::line(text)));
 }
 
 /// How many columns the terminal on the standard error has; 80 where nobody knows.

@@ -18,6 +18,7 @@ use crate::chain::Opener;
 use crate::cli::stop::{self, Stop};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::rebase::{Differences, Many, Mode, Progress, Request, Together};
+use crate::shown::{self, Shown};
 
 /// A list may have so many bytes.
 const MAX_LIST: u64 = 256 << 20;
@@ -129,7 +130,7 @@ pub(super) fn run(
         false => arguments.showing.during(|| together.standing(), work),
     };
     if let Some(file) = options.save_difference.as_ref().filter(|_| !differences.are_saved()) {
-        log::warn!("{}: was not written: no backing files were compared", file.display());
+        log::warn!("{}: was not written: no backing files were compared", file.shown());
     }
     match (done, stop.signal()) {
         (Err(error), Some(signal)) if error.kind() == ErrorKind::Cancelled => {
@@ -157,12 +158,14 @@ impl Results<'_> {
         let line = match result {
             Err(error) => {
                 self.failed.fetch_add(1, Ordering::Relaxed);
-                print::complain(&format!("{}: failed: {error}", path.display()));
+                print::complain(&format!("{}: failed: {error}", path.shown()));
                 let object = json!({"filename": path.to_string_lossy(), "error": error.to_string()});
-                is_json.then(|| object.to_string())
+                is_json.then(|| shown::json(&object.to_string()).into_owned())
             }
-            Ok(done) if is_json => Some(report::as_json(self.arguments, path, done).to_string()),
-            Ok(done) => Some(format!("{}: {}", path.display(), self.summary(done))),
+            Ok(done) if is_json => {
+                Some(shown::json(&report::as_json(self.arguments, path, done).to_string()).into_owned())
+            }
+            Ok(done) => Some(format!("{}: {}", path.shown(), self.summary(done))),
         };
         let Some(line) = line.filter(|_| !self.arguments.quiet) else { return };
         if let Err(error) = print::print(&(line + "\n")) {

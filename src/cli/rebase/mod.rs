@@ -66,6 +66,13 @@ pub(super) struct Arguments {
     many: many::Several,
 }
 
+impl Arguments {
+    /// Whether `-q` was typed.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.quiet
+    }
+}
+
 pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
     arguments.refused.check()?;
     let (options, request) = (&arguments.options, arguments.options.request()?);
@@ -106,7 +113,7 @@ fn run_one(
         }
         (done, signal) => {
             let done = done?;
-            if let Some(signal) = signal {
+            if let Some(signal) = signal.filter(|_| !arguments.quiet) {
                 print::complain(&format!("rebasefs: {} came too late: it is done", stop::name(signal)));
             }
             done

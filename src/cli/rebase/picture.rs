@@ -7,6 +7,7 @@ use crate::cli::picture::{Colour, Grid, Kind, Picture};
 use crate::error::Result;
 use crate::layer::{Detail, GuestOffset};
 use crate::rebase::Rehearsal;
+use crate::shown::Shown;
 
 /// From what weighs least to what weighs most.
 const EQUAL: usize = 0;
@@ -26,9 +27,9 @@ const KINDS: [(char, Colour, &str); 5] = [
 /// Draws what was found for a page.
 pub(super) fn write_svg(found: &Rehearsal, chain: &Chain, backing: Option<&Path>, file: &Path) -> Result<()> {
     let Some(top) = chain.top() else { return Ok(()) };
-    let name = top.file().path().display();
+    let name = top.file().path().shown();
     let title = match backing {
-        Some(backing) => format!("{name}, rebased onto {}", backing.display()),
+        Some(backing) => format!("{name}, rebased onto {}", backing.shown()),
         None => format!("{name}, flattened"),
     };
     let smallest = top.as_qcow2().map_or(4096, |image| image.header().cluster_size());

@@ -1,5 +1,6 @@
 //! What a rebase prints: how far it has come, what it did, where it was stopped.
 
+use std::io::IsTerminal;
 use std::path::Path;
 use std::time::Duration;
 
@@ -33,10 +34,12 @@ pub(super) fn size_on_disk(chain: &Chain) -> Result<u64> {
     own.files().map(|file| file.allocated_bytes()).sum()
 }
 
-/// Prints it.
+/// Prints it. The line that closes a rebase is for a person: a script that calls qemu-img today reads
+/// nothing from its standard output.
 pub(super) fn print(arguments: &Arguments, image: &Path, done: &Done) -> Result<()> {
     match arguments.output {
         Output::Json => print::print_json(&as_json(arguments, image, done)),
+        Output::Human if !arguments.options.dry_run && !is_watched() => Ok(()),
         Output::Human => {
             let kind = |range: &Copied| if range.is_zero { "zero" } else { "copy" };
             let line = |range: &Copied| format!("{} {:#x} {:#x}\n", kind(range), range.start, range.length);
@@ -45,6 +48,11 @@ pub(super) fn print(arguments: &Arguments, image: &Path, done: &Done) -> Result<
             print::print(&format!("{ranges}{what}: {}\n", summary(arguments, done)))
         }
     }
+}
+
+/// Whether a person looks on, or wants to be told in any case (`-v`).
+fn is_watched() -> bool {
+    std::io::stdout().is_terminal() || log::log_enabled!(log::Level::Info)
 }
 
 pub(super) fn as_json(arguments: &Arguments, image: &Path, done: &Done) -> serde_json::Value {

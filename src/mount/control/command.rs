@@ -2,12 +2,12 @@
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
-use std::path::Path;
 
 use super::words;
 use crate::error::{Error, Result};
 use crate::layer::Reference;
 use crate::rebase::{Mode, Options, Request};
+use crate::shown::Shown;
 
 /// No command is longer, in bytes. A backing file name has at most 1023.
 const MAX_LENGTH: usize = 4096;
@@ -130,7 +130,7 @@ impl Command {
     }
 
     fn backing_in_words(&self) -> String {
-        let name = |backing: &Reference| format!("'{}'", Path::new(&backing.name).display());
+        let name = |backing: &Reference| format!("'{}'", backing.name.shown());
         self.request.backing.as_ref().map_or_else(|| "no backing file".to_owned(), name)
     }
 }

@@ -12,6 +12,7 @@ use crate::chain::{Chain, Change};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mount::partitions::Partition;
 use crate::rebase::{Difference, Phase, Progress, Report, Request};
+use crate::shown::{self, Shown};
 
 /// `ctl/backing`: the backing file as the header names it, byte for byte; empty if there is none.
 pub(super) fn backing(chain: &Chain) -> Vec<u8> {
@@ -23,7 +24,7 @@ pub(super) fn backing(chain: &Chain) -> Vec<u8> {
 /// comes last, since it may contain spaces.
 pub(super) fn chain(chain: &Chain) -> Vec<u8> {
     let lines = chain.layers().iter().enumerate().map(|(depth, layer)| {
-        let file = one_line(&layer.file().path().display().to_string());
+        let file = layer.file().path().shown();
         format!("{depth} {} {} {file}\n", layer.format(), layer.virtual_size())
     });
     lines.collect::<String>().into_bytes()
@@ -69,7 +70,7 @@ pub(super) fn difference(chain: &Chain, asked: &Request, found: &Difference) -> 
         let _ = write!(json, "{separator}\n    {{ \"start\": {}, \"length\": {length} }}", start.0);
     }
     json += if bytes == 0 { "]\n}\n" } else { "\n  ]\n}\n" };
-    json.into_bytes()
+    shown::json(&json).into_owned().into_bytes()
 }
 
 /// `ctl/status`: lines of `key: value`.
@@ -89,7 +90,7 @@ pub(super) fn status(
         lines.goes_on(progress);
     }
     let backing = chain.top().and_then(|top| top.backing());
-    lines.add("backing", backing.map_or(String::new(), |backing| backing.name.display().to_string()));
+    lines.add("backing", backing.map_or(String::new(), |backing| backing.name.shown().to_string()));
     chain.broken_off().into_iter().for_each(|why| lines.add("missing", why));
     changes.iter().for_each(|change| lines.add("changed", change));
     if running.is_none() {
@@ -115,7 +116,8 @@ struct Lines(String);
 
 impl Lines {
     fn add(&mut self, key: &str, value: impl Display) {
-        let value = one_line(&value.to_string());
+        let value = value.to_string();
+        let value = shown::line(&value);
         let space = if value.is_empty() { "" } else { " " };
         self.0.extend([key, ":", space, &value, "\n"]);
     }
@@ -176,15 +178,6 @@ impl Lines {
             self.add("bytes-kept", job.progress.kept());
         }
     }
-}
-
-/// A name may contain a newline; a line may not.
-fn one_line(text: &str) -> String {
-    let is_harmful = |c: char| c.is_control() && c != '\t';
-    if !text.contains(is_harmful) {
-        return text.to_owned();
-    }
-    text.chars().flat_map(|c| if is_harmful(c) { c.escape_default().collect() } else { vec![c] }).collect()
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
 
 use crate::error::{Error, Result};
 use crate::rebase::Options;
+use crate::shown::Shown;
 
 /// An option of the command line that means nothing here: its long and short name, whether a value
 /// follows, and why it is refused.
@@ -75,7 +76,7 @@ fn refuse(matches: &ArgMatches) -> Result<()> {
     };
     let what = match (*name, short) {
         (IMAGE, _) => {
-            let word = matches.get_one::<OsString>(IMAGE).map(|word| word.display().to_string());
+            let word = matches.get_one::<OsString>(IMAGE).map(|word| word.shown().to_string());
             format!("'{}'", word.unwrap_or_default())
         }
         (name, Some(short)) => format!("-{short} (--{name})"),
