@@ -44,4 +44,5 @@ mod terminal;
 mod traced;
 mod tree;
 mod typing;
+mod umount;
 mod writing;

@@ -8,6 +8,7 @@ use std::sync::Mutex;
 
 use crate::mounted::{Mounted, SOON, is_mounted, open_dev_fuse};
 use crate::scratch::{Scratch, rebasefs};
+use crate::umount::{larger, slowly};
 
 const HELPER: &str = "/sbin/mount.fuse.rebasefs";
 
@@ -264,6 +265,45 @@ fn only_messages_in_a_file_tell_the_time() {
     mounted.wait_until_gone();
     let logged = std::fs::read_to_string(scratch.path("log")).unwrap();
     assert!(has_time(&logged), "{logged}");
+}
+
+/// As logrotate does it: the log is moved away, and a new one is made.
+#[test]
+fn sighup_opens_the_log_anew_and_the_mount_stays() {
+    let scratch = image();
+    std::fs::create_dir_all(scratch.path("mnt")).unwrap();
+    let mount = format!("{} -v mount --log log cow.qcow2 {}", rebasefs(), scratch.path("mnt").display());
+    scratch.ok("env", &format!("--default-signal=HUP {mount}"));
+    let mounted = Mounted::found(scratch.path("mnt"));
+    std::fs::rename(scratch.path("log"), scratch.path("log.1")).unwrap();
+    mounted.signal("HUP");
+    let log = || std::fs::read_to_string(scratch.path("log")).unwrap_or_default();
+    crate::mounted::wait_until("there is a new log", || log().contains("the log was opened anew"));
+    mounted.rebase("base.raw").unwrap();
+    assert!(log().contains("done"), "{}", log());
+    assert!(!std::fs::read_to_string(scratch.path("log.1")).unwrap().contains("done"));
+    mounted.unmount();
+}
+
+#[test]
+fn a_rebase_that_fails_is_one_warning_and_one_that_is_interrupted_none() {
+    let scratch = larger();
+    let mounted = Mounted::with(&scratch, "cow.qcow2", "--log log");
+    let log = || std::fs::read_to_string(scratch.path("log")).unwrap();
+    slowly(&mounted);
+    let script = "echo new.raw > cow.qcow2.mnt/ctl/backing";
+    let mut writer = Command::new("env");
+    let writer = writer.args(["--default-signal=INT", "bash", "-c", script]).current_dir(scratch.path(""));
+    let mut writer = writer.stderr(Stdio::null()).spawn().unwrap();
+    crate::mounted::wait_until("the rebase copies", || mounted.status("phase") == "copy");
+    assert!(Command::new("kill").args(["-s", "INT", &writer.id().to_string()]).status().unwrap().success());
+    assert!(!writer.wait().unwrap().success());
+    assert_eq!(mounted.status("state"), "cancelled");
+    assert_eq!(log(), "");
+    mounted.rebase("missing.raw").unwrap_err();
+    let said = log();
+    assert!(said.contains(" WARN ") && said.contains("missing.raw") && said.lines().count() == 1, "{said}");
+    mounted.unmount();
 }
 
 #[test]

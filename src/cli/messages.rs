@@ -14,11 +14,11 @@ use crate::rebase::UNVERIFIED;
 use crate::shown;
 
 /// What is told with no, one, two and more `-v`. fuser warns that it could not unmount what `umount`
-/// has unmounted already.
+/// has unmounted already, and calls it an error that nobody waits for a reply any more.
 const LEVELS: [&str; 4] = [
-    "warn,fuser::session=error",
-    "info,fuser=warn,fuser::session=error",
-    "debug,fuser=info,fuser::session=error",
+    "warn,fuser::session=error,fuser::reply=off",
+    "info,fuser=warn,fuser::session=error,fuser::reply=off",
+    "debug,fuser=info,fuser::session=error,fuser::reply=off",
     "trace",
 ];
 

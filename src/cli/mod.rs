@@ -46,6 +46,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Mount(mount::Arguments),
+    #[command(visible_alias = "unmount")]
     Umount(umount::Arguments),
     Rebase(rebase::Arguments),
     Info(info::Arguments),

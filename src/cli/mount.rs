@@ -2,7 +2,8 @@
 //! otherwise.
 
 use std::fs::File;
-use std::io::{self, PipeReader, PipeWriter, Read, Write};
+use std::io::{self, IsTerminal, PipeReader, PipeWriter, Read, Write};
+use std::ops::ControlFlow;
 use std::os::fd::AsFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
@@ -58,7 +59,7 @@ pub(super) struct Arguments {
     /// How many threads serve [default: one a processor, at least 2]
     #[arg(long, value_name = "N", value_parser = mount_options::threads)]
     threads: Option<u16>,
-    /// In the background, write messages to this file
+    /// In the background, write messages to this file; SIGHUP opens it anew
     #[arg(long, value_name = "FILE")]
     log: Option<PathBuf>,
     #[command(flatten)]
@@ -87,7 +88,7 @@ pub(super) fn run(mut arguments: Arguments) -> Result<ExitCode> {
         grow: arguments.grow || words.writing == Writing::BytesAndSize,
         ..arguments
     };
-    let log = arguments.log.as_deref().map(open_log).transpose()?;
+    let log = arguments.log.as_deref().map(Log::open).transpose()?;
     let foreground = arguments.foreground;
     let mount = checked(arguments, words.mount);
     if foreground {
@@ -95,10 +96,13 @@ pub(super) fn run(mut arguments: Arguments) -> Result<ExitCode> {
         if let Err(e) = tell_service_manager() {
             log::warn!("cannot tell the service manager that the mount stands: {e}");
         }
-        mounted.serve()?;
+        // With the terminal goes what was started there.
+        let of_terminal =
+            || if io::stderr().is_terminal() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
+        mounted.on_hangup(of_terminal).serve()?;
         return Ok(ExitCode::SUCCESS);
     }
-    in_background(mount, log.as_ref())
+    in_background(mount, log)
 }
 
 fn checked(arguments: Arguments, options: MountOptions) -> Mount {
@@ -117,9 +121,26 @@ fn checked(arguments: Arguments, options: MountOptions) -> Mount {
     }
 }
 
-fn open_log(path: &Path) -> Result<File> {
-    let file = File::options().create(true).append(true).open(path);
-    file.map_err(|e| Error::io(e, "cannot open the log").path(path))
+/// A file that messages are added to, with its full path: a server has another current directory.
+struct Log(File, PathBuf);
+
+impl Log {
+    fn open(path: &Path) -> Result<Self> {
+        let cannot = |e| Error::io(e, "cannot open the log").path(path);
+        let file = File::options().create(true).append(true).open(path).map_err(cannot)?;
+        Ok(Self(file, std::path::absolute(path).map_err(cannot)?))
+    }
+
+    /// Lets messages go to the file that has the name now: another program may have moved the old one away.
+    fn reopen(path: &Path) {
+        let opened = Self::open(path).and_then(|Self(file, _)| {
+            sys::redirect(file.as_fd(), 2).map_err(|e| Error::io(e, "cannot write to the log").path(path))
+        });
+        match opened {
+            Ok(()) => log::info!("SIGHUP: the log was opened anew"),
+            Err(e) => log::error!("SIGHUP: {e}"),
+        }
+    }
 }
 
 /// Tells who has started us as a service of `Type=notify` that the mount can be used, see
@@ -134,7 +155,7 @@ fn tell_service_manager() -> io::Result<()> {
 }
 
 /// Forks; the parent waits for the child to say how the mount went.
-fn in_background(mount: Mount, log: Option<&File>) -> Result<ExitCode> {
+fn in_background(mount: Mount, log: Option<Log>) -> Result<ExitCode> {
     let (reader, writer) = io::pipe().map_err(|e| Error::io(e, "cannot make a pipe"))?;
     // There is no second thread yet.
     match sys::fork().map_err(|e| Error::io(e, "cannot start the server"))? {
@@ -166,18 +187,24 @@ fn hear(mut reader: PipeReader) -> Result<ExitCode> {
     Ok(ExitCode::FAILURE)
 }
 
-fn serve(mount: Mount, mut parent: PipeWriter, log: Option<&File>) -> Result<ExitCode> {
+fn serve(mount: Mount, mut parent: PipeWriter, log: Option<Log>) -> Result<ExitCode> {
     let started = mount.start();
     let said = started.as_ref().map_or_else(ToString::to_string, |_| READY.to_owned());
     if started.is_ok() {
-        let detached = detach(log);
+        let detached = detach(log.as_ref().map(|Log(file, _)| file));
         detached.map_err(|e| Error::io(e, "cannot leave the terminal"))?;
     }
     // If the parent was killed meanwhile, there is nobody to tell.
     let _ = parent.write_all(said.as_bytes());
     drop(parent);
     match started {
-        Ok(mounted) => mounted.serve().map(|()| ExitCode::SUCCESS),
+        Ok(mounted) => {
+            let reopen = move || {
+                log.iter().for_each(|Log(_, path)| Log::reopen(path));
+                ControlFlow::Continue(())
+            };
+            mounted.on_hangup(reopen).serve().map(|()| ExitCode::SUCCESS)
+        }
         Err(_) => Ok(ExitCode::FAILURE),
     }
 }

@@ -11,8 +11,9 @@ use crate::mount::{Manner, unmount};
 /// Unmount DIR, and wait until its server has let go of the image
 ///
 /// Root can unmount all, other users what they have mounted (with fusermount3). What `umount DIR`
-/// does not do: wait. When this command returns, the image is free for whoever wants to write to it. A
-/// rebase that runs is stopped cleanly. A mount whose server has died is cleaned up.
+/// does not do: wait, at most two minutes. When this command has succeeded, the image is free for whoever
+/// wants to write to it, and what was written to the disk is durable. A rebase that runs is stopped cleanly.
+/// A mount whose server has died is cleaned up; of a bind mount only that is taken down.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Example:

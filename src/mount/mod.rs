@@ -11,8 +11,10 @@ mod adapter;
 mod attributes;
 mod control;
 mod flat;
+mod holders;
 mod image;
 mod options;
+mod parting;
 mod partitions;
 mod parts;
 mod point;
@@ -25,6 +27,7 @@ mod view;
 mod writing;
 
 use std::fmt;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
@@ -133,8 +136,8 @@ impl Mount {
         Self { writing, ..self }
     }
 
-    /// Opens the image and mounts it. Blocks SIGINT, SIGTERM and SIGHUP in the calling thread: they end
-    /// the mount. To be called before there are threads that do not block them.
+    /// Opens the image and mounts it. Blocks SIGINT, SIGTERM and SIGHUP in the calling thread: the first two
+    /// end the mount, for the third see [`Mounted::on_hangup`]. To be called before there are threads that do not block them.
     ///
     /// # Errors
     /// The image or one below it cannot be opened; it is to be written to and cannot be, or is no
@@ -160,8 +163,13 @@ impl Mount {
 }
 
 impl Mounted {
-    /// Serves until the file system is unmounted or a signal asks to end (SIGINT, SIGTERM,
-    /// SIGHUP). Then it stops a running rebase, waits for it, and takes the mount down.
+    /// What to do when SIGHUP comes, by custom: open the log anew. The mount ends if that is `Break`. Without
+    /// this, nothing is done.
+    pub fn on_hangup(mut self, hung_up: impl FnMut() -> ControlFlow<()> + Send + 'static) -> Self {
+        Self(self.0.take().map(|mounted| mounted.on_hangup(Box::new(hung_up))))
+    }
+
+    /// Serves until the file system is unmounted or a signal asks to end (SIGINT, SIGTERM). Then it stops a running rebase, waits for it, and takes the mount down.
     ///
     /// # Errors
     /// The mount cannot be taken down, its connection broke, or what was written last cannot be made

@@ -118,7 +118,9 @@ impl MountOptions {
         }
         let source = self.source.clone().unwrap_or_else(|| source_name(image.as_os_str()));
         options.push(MountOption::FSName(source));
-        options.push(MountOption::Subtype(self.subtype.clone().unwrap_or_else(|| "rebasefs".to_owned())));
+        // fuser keeps the subtype that it knows of for fusermount3; the kernel takes it from root as well.
+        let subtype = self.subtype.as_deref().unwrap_or("rebasefs");
+        options.push(MountOption::CUSTOM(format!("subtype={subtype}")));
         options.push(MountOption::CUSTOM(format!("max_read={MAX_READ}")));
         let mut config = Config::default();
         config.mount_options = options;
@@ -169,7 +171,7 @@ mod tests {
             MountOption::AutoUnmount,
             MountOption::DefaultPermissions,
             MountOption::FSName("x".into()),
-            MountOption::Subtype("y".into()),
+            MountOption::CUSTOM("subtype=y".into()),
         ] {
             assert!(config.mount_options.contains(&expected), "{expected:?}");
         }
@@ -194,6 +196,6 @@ mod tests {
     fn the_image_names_the_mount() {
         let options = config("").unwrap().mount_options;
         assert!(options.contains(&MountOption::FSName("/vm/a_b.qcow2".into())));
-        assert!(options.contains(&MountOption::Subtype("rebasefs".into())));
+        assert!(options.contains(&MountOption::CUSTOM("subtype=rebasefs".into())));
     }
 }

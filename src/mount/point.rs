@@ -15,6 +15,10 @@ pub(super) fn check(path: &Path, image: &Path) -> Result<PathBuf> {
     if !real.is_dir() {
         return Err(Error::invalid("the mount point is not a directory").path(path));
     }
+    if breaks_the_system(&real) {
+        let error = Error::new(ErrorKind::NotPermitted, "a mount here would hide what the system needs");
+        return Err(error.path(path).hint("mount on a directory of its own: `mkdir -p DIR`"));
+    }
     if let Some(source) = mounted_on(&real) {
         // Attributes may come from the kernel's cache; a dead server is found out by this.
         std::fs::read_dir(&real).map_err(|e| cannot_use(e, path))?;
@@ -30,6 +34,44 @@ pub(super) fn check(path: &Path, image: &Path) -> Result<PathBuf> {
             .hint("mount on a directory that does not contain the image"));
     }
     Ok(real)
+}
+
+/// What no system goes on without. Links (`/bin`) have been followed.
+const NEEDED: [&str; 27] = [
+    "/",
+    "/bin",
+    "/boot",
+    "/dev",
+    "/dev/mqueue",
+    "/dev/pts",
+    "/dev/shm",
+    "/etc",
+    "/home",
+    "/lib",
+    "/lib32",
+    "/lib64",
+    "/libx32",
+    "/root",
+    "/run",
+    "/run/lock",
+    "/sbin",
+    "/tmp",
+    "/usr",
+    "/usr/bin",
+    "/usr/lib",
+    "/usr/lib64",
+    "/usr/sbin",
+    "/var",
+    "/var/lib",
+    "/var/log",
+    "/var/tmp",
+];
+
+/// Whether a directory is one that the system needs, or lies where the kernel itself has files.
+fn breaks_the_system(real: &Path) -> bool {
+    NEEDED.iter().any(|needed| real == Path::new(needed))
+        || real.starts_with("/proc")
+        || real.starts_with("/sys")
 }
 
 fn cannot_use(error: io::Error, path: &Path) -> Error {
@@ -50,8 +92,17 @@ pub(super) fn in_shell(path: &Path) -> String {
 }
 
 /// A line of the kernel's table of mounts.
+#[derive(Debug)]
 pub(super) struct Entry {
-    /// The type: `fuse` or `fuse.rebasefs`.
+    /// The kernel's number of the mount.
+    pub id: u64,
+    /// That of the mount that it lies in.
+    pub parent: u64,
+    /// `MAJOR:MINOR` of what is mounted. Bind mounts of it have the same.
+    pub device: String,
+    /// The directory that it is mounted on.
+    pub mountpoint: PathBuf,
+    /// The type: `fuse.rebasefs`.
     pub kind: String,
     /// What is mounted: the image's path, unless `fsname` says otherwise.
     pub source: String,
@@ -73,23 +124,36 @@ impl Entry {
 
 /// The source of the FUSE file system that is mounted exactly here. Others may be mounted over.
 fn mounted_on(real: &Path) -> Option<String> {
-    entries(real).into_iter().find(Entry::is_fuse).map(|entry| entry.source)
+    let table = table(Path::new(OWN_TABLE)).unwrap_or_default();
+    table.into_iter().find(|entry| entry.is_fuse() && entry.mountpoint == real).map(|entry| entry.source)
 }
 
-/// All that is mounted exactly here, the topmost last.
-pub(super) fn entries(real: &Path) -> Vec<Entry> {
-    let table = std::fs::read("/proc/self/mountinfo").unwrap_or_default();
-    table.split(|&byte| byte == b'\n').filter_map(|line| entry(line, real)).collect()
+/// The table of mounts that this process sees.
+pub(super) const OWN_TABLE: &str = "/proc/self/mountinfo";
+
+/// All mounts of such a table; of those on the same directory the topmost is the last.
+pub(super) fn table(file: &Path) -> io::Result<Vec<Entry>> {
+    let table = std::fs::read(file)?;
+    Ok(table.split(|&byte| byte == b'\n').filter_map(entry).collect())
 }
 
 /// `ID PARENT MAJOR:MINOR ROOT MOUNTPOINT OPTIONS [FIELD…] - TYPE SOURCE OPTIONS`, see proc(5).
-fn entry(line: &[u8], mountpoint: &Path) -> Option<Entry> {
+fn entry(line: &[u8]) -> Option<Entry> {
     let fields: Vec<&[u8]> = line.split(|&byte| byte == b' ').collect();
     let dash = fields.iter().position(|field| *field == b"-")?;
     let text = |field: &[u8]| unescape(field).to_string_lossy().into_owned();
+    let number = |field: &[u8]| std::str::from_utf8(field).ok()?.parse().ok();
+    let [id, parent, device, _, mountpoint, ..] = fields[..] else { return None };
     let [kind, source, options] = fields.get(dash + 1..dash + 4)? else { return None };
-    let entry = Entry { kind: text(kind), source: text(source), options: text(options) };
-    (unescape(fields.get(4)?) == mountpoint.as_os_str()).then_some(entry)
+    Some(Entry {
+        id: number(id)?,
+        parent: number(parent)?,
+        device: text(device),
+        mountpoint: unescape(mountpoint).into(),
+        kind: text(kind),
+        source: text(source),
+        options: text(options),
+    })
 }
 
 /// `\040` → space.
@@ -124,13 +188,13 @@ mod tests {
 
     #[test]
     fn a_fuse_mount_is_found_where_it_is() {
-        let found = entry(LINE, Path::new("/mnt/my disk")).unwrap();
+        let found = entry(LINE).unwrap();
         assert!(found.is_fuse());
+        assert_eq!((found.id, found.parent, found.device.as_str()), (36, 35, "0:52"));
+        assert_eq!(found.mountpoint, Path::new("/mnt/my disk"));
         assert_eq!((found.source.as_str(), found.option("user_id")), ("/vm/a.qcow2", Some("0")));
-        assert!(entry(LINE, Path::new("/mnt")).is_none());
-        let ext4 = b"36 35 8:1 / /mnt rw - ext4 /dev/sda1 rw";
-        assert!(!entry(ext4, Path::new("/mnt")).unwrap().is_fuse());
-        assert!(entry(b"", Path::new("/mnt")).is_none());
+        assert!(!entry(b"36 35 8:1 / /mnt rw - ext4 /dev/sda1 rw").unwrap().is_fuse());
+        assert!(entry(b"").is_none());
     }
 
     #[test]
@@ -141,6 +205,9 @@ mod tests {
         let file = dir.path().join("file");
         std::fs::write(&file, "").unwrap();
         assert!(said(&file).contains("not a directory"));
+        for needed in ["/", "/proc", "/sys/kernel", "/dev", "/usr/lib", "/tmp/.."] {
+            assert!(said(Path::new(needed)).contains("what the system needs"), "{needed}");
+        }
         let hidden = check(dir.path(), &file).unwrap_err().to_string();
         assert!(hidden.contains("would hide the image"), "{hidden}");
     }

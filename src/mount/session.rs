@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::ops::ControlFlow;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,11 +16,12 @@ use fuser::{Config, INodeNo, Notifier, Session, SessionUnmounter};
 use super::adapter::Adapter;
 use super::control::{Bytes, Control};
 use super::image::Image;
+use super::parting::Listening;
 use super::tree::{Inode, Node};
 use super::view::View;
 use crate::chain::Opener;
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::sys::{self, StopSignals};
+use crate::sys::{self, StopSignals, signal};
 
 /// How far the kernel reads ahead of a sequential reader, in KiB. Its own default is 128.
 const READ_AHEAD: u32 = 1024;
@@ -46,6 +48,10 @@ pub(super) struct Mounted {
     control: Arc<Control>,
     unmounter: SessionUnmounter,
     ends: Receiver<End>,
+    /// Where those who unmount it wait.
+    listening: Option<Listening>,
+    /// What to do on SIGHUP.
+    hung_up: Box<dyn FnMut() -> ControlFlow<()> + Send>,
 }
 
 /// Mounts `view` on the real path `mountpoint` and lets it be used.
@@ -77,15 +83,24 @@ pub(super) fn mount(
         let image = image.clone();
         move |bytes| forget(&notifier, &image, bytes)
     });
-    Ok(Mounted { mountpoint, image, control, unmounter, ends })
+    let listening = Listening::start(device.dev(), Arc::downgrade(&control));
+    let listening = listening.inspect_err(|e| log::debug!("whoever unmounts cannot ask us: {e}")).ok();
+    let hung_up = Box::new(|| ControlFlow::Continue(()));
+    Ok(Mounted { mountpoint, image, control, unmounter, ends, listening, hung_up })
 }
 
 impl Mounted {
+    /// Does this on SIGHUP: the mount ends with `Break`.
+    pub(super) fn on_hangup(self, hung_up: Box<dyn FnMut() -> ControlFlow<()> + Send>) -> Self {
+        Self { hung_up, ..self }
+    }
+
     /// Serves until `umount` or a signal, then takes the mount down.
-    pub(super) fn serve(self) -> Result<()> {
+    pub(super) fn serve(mut self) -> Result<()> {
         let end = loop {
             match self.ends.recv_timeout(LOOK) {
                 Err(RecvTimeoutError::Timeout) => self.look_around(),
+                Ok(End::Signal(signal::SIGHUP)) if (self.hung_up)().is_continue() => {}
                 end => break end,
             }
         };
@@ -102,7 +117,14 @@ impl Mounted {
         let ended = end(&mut self);
         // Nobody can write any more.
         let flushed = self.image.flush().doing(|| "making durable what was written".to_owned());
-        ended.and(flushed)
+        let result = ended.and(flushed);
+        let listening = self.listening.take();
+        // Whoever has waited finds the image free.
+        drop(self);
+        if let Some(listening) = listening {
+            listening.end(&result);
+        }
+        result
     }
 
     fn look_around(&self) {

@@ -1,24 +1,43 @@
 //! Taking a mount down from another process: the kernel lets go of it, then its server stops what
 //! runs and ends. Who has unmounted may use the image at once, and does not find it locked still.
+//!
+//! Names one mount by the kernel's number of it, and takes that one down and no other. Reads nothing from it:
+//! its server may be somebody else's.
 
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::io::{self, Read};
-use std::os::unix::process::CommandExt;
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
-use std::time::Duration;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
+use super::holders;
+use super::parting::{Heard, Server};
 use super::point::{self, Entry};
 use crate::error::{Error, ErrorKind, Result};
-use crate::sys::{self, Process, errno};
+use crate::sys::{self, Users, errno};
 
 /// Who waits longer than this for a server wants to know what for.
 const SOON: Duration = Duration::from_secs(2);
+/// No server is waited for longer.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// Nor one that goes on for another mount namespace.
+const ELSEWHERE: Duration = Duration::from_secs(30);
+/// Nor a program that unmounts.
+const PROGRAM: Duration = Duration::from_secs(30);
+/// How long a process may keep a control file open after its command was stopped.
+const TO_CLOSE: Duration = Duration::from_secs(5);
+/// How often to look again.
+const LOOK: Duration = Duration::from_millis(10);
 
 /// How a mount is taken down.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Manner {
-    /// Only if nobody uses it; returns when the server has ended.
+    /// Only if nobody uses it; a command in `ctl/` that is under way is stopped. Returns when the server has
+    /// ended.
     #[default]
     Wait,
     /// Nobody finds it any more; who uses it goes on. Its server ends with the last of them, and is
@@ -27,146 +46,273 @@ pub enum Manner {
 }
 
 /// Unmounts what rebasefs has mounted on `mountpoint`: root any mount, others their own. A mount
-/// whose server has died is cleaned up. The program that serves a mount takes it down with
-/// [`Mounted::unmount`](super::Mounted::unmount).
+/// whose server has died is cleaned up; of several mounts of one server only this one is taken down. The
+/// program that serves a mount takes it down with [`Mounted::unmount`](super::Mounted::unmount).
 ///
 /// # Errors
-/// No mount of rebasefs is there, somebody uses it, or it is another user's.
+/// No mount of rebasefs is there, somebody uses it, or it is another user's. Or it was unmounted, but its
+/// server has not ended in good time, or has not made durable what was written last.
 pub fn unmount(mountpoint: &Path, manner: Manner) -> Result<()> {
-    let real = real(mountpoint)?;
-    let found = point::entries(&real).pop().filter(Entry::is_fuse);
-    let status = found.as_ref().map(|entry| status(&real, entry));
-    // fusermount3 records the subtype; where root mounts by himself, the kernel knows `fuse` alone.
-    let is_ours = match (&found, &status) {
-        (Some(entry), _) if entry.kind == "fuse.rebasefs" => true,
-        (_, Some(Ok(status))) => number(status).is_some(),
-        (_, Some(Err(e))) => e.raw_os_error() == Some(errno::ENOTCONN),
-        _ => false,
-    };
-    if !is_ours {
-        let error = Error::invalid("rebasefs has mounted nothing here").path(mountpoint);
-        return Err(error.hint("`findmnt -t fuse,fuse.rebasefs` lists its mounts"));
+    let found = Found::new(mountpoint)?;
+    let mut server = found.server();
+    if found.entry.kind != "fuse.rebasefs" && server.is_none() {
+        return Err(nothing_here(mountpoint));
     }
-    let server = match (manner, status) {
-        (Manner::Wait, Some(Ok(status))) => server(&status),
-        _ => None,
-    };
-    let_go(&real, manner, mountpoint)?;
-    match server {
-        Some((number, process)) => wait(number, &process, mountpoint),
-        None => Ok(()),
+    match (manner, &mut server) {
+        (Manner::Wait, Some(server)) if !server.is_self() => {
+            let promised = server.listen();
+            found.take_down(server)?;
+            found.wait(server, promised)
+        }
+        (Manner::Wait, _) => found.let_go(Users::Respected).map_err(|why| found.refused(why)),
+        (Manner::Lazy, _) => found.let_go(Users::Kept).map_err(|why| found.refused(why)),
     }
 }
 
-const INSTALL: &str = "install umount (package mount) for root, fusermount3 (fuse3) for others";
+fn nothing_here(mountpoint: &Path) -> Error {
+    let error = Error::invalid("rebasefs has mounted nothing here").path(mountpoint);
+    error.hint("`findmnt -t fuse.rebasefs` lists its mounts")
+}
 
-/// The path as the kernel's table has it. A dead mount cannot be looked at, the directory that it
-/// lies in can.
-fn real(mountpoint: &Path) -> Result<PathBuf> {
-    mountpoint.canonicalize().or_else(|error| {
-        let parent = point::absolute(mountpoint)?.parent().map(Path::canonicalize);
-        match (parent, mountpoint.file_name()) {
-            (Some(Ok(parent)), Some(name)) if error.kind() != io::ErrorKind::NotFound => {
-                Ok(parent.join(name))
+/// A mount, found by what was typed.
+struct Found {
+    /// As it was typed.
+    typed: PathBuf,
+    /// The directory that the mount point lies in, opened.
+    parent: File,
+    name: OsString,
+    entry: Entry,
+}
+
+/// Why the kernel did not let go of a mount.
+enum Refusal {
+    Busy,
+    Other(Error),
+}
+
+impl Found {
+    fn new(mountpoint: &Path) -> Result<Self> {
+        let cannot_find = |e| Error::io(e, "cannot find the mount").path(mountpoint);
+        let place = sys::open_place(&point::absolute(mountpoint)?).map_err(cannot_find)?;
+        let id = id_of(&place).map_err(without_proc)?;
+        let real = std::fs::read_link(link_to(&place)).map_err(without_proc)?;
+        // An open place keeps its mount from being taken down.
+        drop(place);
+        let table = point::table(Path::new(point::OWN_TABLE)).map_err(without_proc)?;
+        let entry = table.into_iter().find(|entry| entry.id == id && entry.mountpoint == real);
+        let (Some(entry), Some(parent), Some(name)) = (entry, real.parent(), real.file_name()) else {
+            return Err(nothing_here(mountpoint));
+        };
+        if !entry.is_fuse() {
+            return Err(nothing_here(mountpoint));
+        }
+        let parent = sys::open_place(parent).map_err(cannot_find)?;
+        Ok(Self { typed: mountpoint.to_owned(), parent, name: name.to_owned(), entry })
+    }
+
+    /// Its server, if it answers to the owner of the mount.
+    fn server(&self) -> Option<Server> {
+        let owner = self.entry.option("user_id").and_then(|user| user.parse().ok())?;
+        Server::find(&self.entry.device, owner)
+    }
+
+    /// Has the kernel let go of it, after the server has stopped what it does, if need be.
+    fn take_down(&self, server: &Server) -> Result<()> {
+        let began = Instant::now();
+        // When it was seen last that something was being stopped.
+        let mut stopping = None;
+        loop {
+            match self.let_go(Users::Respected) {
+                Ok(()) => return Ok(()),
+                Err(Refusal::Busy) if began.elapsed() < PATIENCE => {
+                    if server.stop_job() {
+                        stopping = Some(Instant::now());
+                    }
+                    // Whoever had the command under way hears of it, and closes the file.
+                    if stopping.is_none_or(|last| last.elapsed() > TO_CLOSE) {
+                        return Err(self.refused(Refusal::Busy));
+                    }
+                    thread::sleep(LOOK);
+                }
+                Err(why) => return Err(self.refused(why)),
             }
-            _ => Err(Error::io(error, "cannot find the mount").path(mountpoint)),
         }
-    })
+    }
+
+    /// Has the kernel let go of it. Only root may do so by himself; fusermount3 lets others unmount what is
+    /// theirs.
+    fn let_go(&self, users: Users) -> Result<(), Refusal> {
+        let other = |e| Refusal::Other(Error::io(e, "cannot unmount"));
+        // What lies here by now is another one, if the user has been at it.
+        let place = sys::open_place_in(self.parent.as_fd(), &self.name).map_err(other)?;
+        if id_of(&place).map_err(other)? != self.entry.id {
+            let what = "another mount than a moment ago is there";
+            return Err(Refusal::Other(Error::new(ErrorKind::Busy, what)));
+        }
+        drop(place);
+        match sys::unmount_in(self.parent.as_fd(), &self.name, users) {
+            Ok(()) => Ok(()),
+            Err(e) if e.raw_os_error() == Some(errno::EBUSY) => Err(Refusal::Busy),
+            Err(e) if e.raw_os_error() == Some(errno::EPERM) => let_programs(&self.entry.mountpoint, users),
+            Err(e) => Err(other(e)),
+        }
+    }
+
+    fn refused(&self, why: Refusal) -> Error {
+        let name = point::in_shell(&self.typed);
+        match why {
+            Refusal::Other(error) => error.path(&self.typed),
+            Refusal::Busy => {
+                let users = holders::users(&self.entry);
+                let by =
+                    if users.is_empty() { String::new() } else { format!(", used by {}", users.join(", ")) };
+                Error::new(ErrorKind::Busy, format!("cannot unmount: it is busy{by}")).path(&self.typed).hint(format!(
+                    "`fuser -vm {name}` shows who uses it; `rebasefs umount --lazy {name}` lets them finish"
+                ))
+            }
+        }
+    }
+
+    /// Waits for the server, which has `promised` to tell how it ends.
+    fn wait(&self, server: &Server, promised: bool) -> Result<()> {
+        let table = point::table(Path::new(point::OWN_TABLE)).map_err(without_proc)?;
+        if let Some(other) = table.iter().find(|other| other.device == self.entry.device) {
+            let (path, other) = (self.typed.display(), other.mountpoint.display());
+            log::warn!("{path}: unmounted; its server goes on, for it is mounted on '{other}', too");
+            return Ok(());
+        }
+        let (began, mut is_told) = (Instant::now(), false);
+        loop {
+            match server.hear() {
+                Heard::Done => {
+                    server.ends_within(SOON);
+                    return Ok(());
+                }
+                Heard::Failed(words) => return Err(self.but(server, &format!("failed: {words}"))),
+                // It was never told that anybody waits, and has ended.
+                Heard::Gone if !promised && server.ends_within(Duration::ZERO) => return Ok(()),
+                Heard::Gone => {
+                    let what = "ended without a word: what was written last may be lost";
+                    return Err(self.but(server, what));
+                }
+                Heard::Nothing => {}
+            }
+            if server.is_stopped() {
+                let error = self.but(server, "was stopped, and has not let go of the image");
+                return Err(error.hint("`kill -CONT PID` lets it end"));
+            }
+            if began.elapsed() > ELSEWHERE
+                && let Some(who) = holders::elsewhere(&self.entry.device)
+            {
+                return Err(self.but(server, &format!("goes on: {who}")));
+            }
+            if began.elapsed() > SOON && !is_told {
+                let (path, number) = (self.typed.display(), server.number);
+                let why = holders::elsewhere(&self.entry.device);
+                let why = why.unwrap_or_else(|| "it finishes what it does".to_owned());
+                log::warn!("{path}: unmounted; waiting for its server (process {number}): {why}");
+                is_told = true;
+            }
+            if began.elapsed() > PATIENCE {
+                let what = format!("has not let go of the image after {} s", PATIENCE.as_secs());
+                return Err(self.but(server, &what));
+            }
+        }
+    }
+
+    fn but(&self, server: &Server, what: &str) -> Error {
+        let what = format!("unmounted, but its server (process {}) {what}", server.number);
+        Error::new(ErrorKind::Busy, what).path(&self.typed)
+    }
 }
 
-/// Has the kernel let go of a mount. Only root may do so by himself; fusermount3 lets others unmount what
-/// is theirs.
-fn let_go(real: &Path, manner: Manner, mountpoint: &Path) -> Result<()> {
-    let is_root = sys::effective_ids().0 == 0;
-    let mut output = run(if is_root { "umount" } else { "fusermount3" }, real, manner);
-    // Where a root directory has no /etc/mtab, as debootstrap makes it, fusermount3 mounts but does not
-    // unmount; umount, which also knows whose mount it is, does.
-    if output.as_ref().is_ok_and(|output| String::from_utf8_lossy(&output.stderr).contains("mtab")) {
-        output = run("umount", real, manner);
-    }
-    match output {
-        Ok(output) if output.status.success() => Ok(()),
-        Ok(output) => Err(refused(&String::from_utf8_lossy(&output.stderr), mountpoint)),
-        // Where there is no umount either, as in a chroot for this program alone, none is needed.
-        Err(e) if is_root && e.kind() == io::ErrorKind::NotFound => {
-            let unmounted = match manner {
-                Manner::Wait => sys::unmount(real),
-                Manner::Lazy => sys::detach_mount(real),
-            };
-            unmounted.map_err(|e| refused(&e.to_string(), mountpoint))
-        }
-        Err(e) => Err(Error::io(e, "cannot run the program that unmounts").hint(INSTALL)),
-    }
+fn link_to(place: &File) -> PathBuf {
+    Path::new("/proc/self/fd").join(place.as_raw_fd().to_string())
 }
 
-fn run(program: &str, real: &Path, manner: Manner) -> io::Result<Output> {
-    let options: &[&str] = match (program, manner) {
-        ("umount", Manner::Wait) => &[],
-        ("umount", Manner::Lazy) => &["-l"],
-        (_, Manner::Wait) => &["-u"],
-        (_, Manner::Lazy) => &["-u", "-z"],
+/// The kernel's number of the mount that a place lies in.
+fn id_of(place: &File) -> io::Result<u64> {
+    let about = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", place.as_raw_fd()))?;
+    holders::id(&about).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+fn without_proc(error: io::Error) -> Error {
+    Error::io(error, "cannot see what is mounted without /proc").path(point::OWN_TABLE)
+}
+
+const INSTALL: &str = "install fusermount3 (package fuse3)";
+
+/// Programs that unmount for those who are not root, where they are looked for, and their words for it.
+/// Where a root directory has no /etc/mtab, as debootstrap makes it, fusermount3 mounts but does not
+/// unmount; umount, which also knows whose mount it is, does.
+const PROGRAMS: [(&str, &[&str], &[&str]); 2] =
+    [("fusermount3", &["-u"], &["-u", "-z"]), ("umount", &[], &["-l"])];
+const DIRECTORIES: [&str; 4] = ["/usr/bin", "/bin", "/usr/local/bin", "/sbin"];
+
+fn let_programs(real: &Path, users: Users) -> Result<(), Refusal> {
+    let mut last = None;
+    for (program, options, lazily) in PROGRAMS {
+        let options = if users == Users::Kept { lazily } else { options };
+        let said = match run(program, options, real) {
+            Ok(None) => return Ok(()),
+            Ok(Some(said)) => said,
+            Err(e) if is_none(&e) => continue,
+            Err(e) => return Err(Refusal::Other(Error::io(e, format!("cannot unmount with {program}")))),
+        };
+        if said.contains("busy") {
+            return Err(Refusal::Busy);
+        }
+        let is_without_table = said.contains("mtab");
+        last = Some(Error::new(ErrorKind::PermissionDenied, format!("cannot unmount: {said}")));
+        if !is_without_table {
+            break;
+        }
+    }
+    let without = || {
+        Error::new(ErrorKind::NotFound, "cannot find the program that unmounts for those who are not root")
+            .hint(INSTALL)
     };
-    Command::new(program).args(options).arg("--").arg(real).output()
+    Err(Refusal::Other(last.unwrap_or_else(without)))
 }
 
-fn refused(said: &str, mountpoint: &Path) -> Error {
-    let said = said.trim();
-    let kind = if said.contains("busy") { ErrorKind::Busy } else { ErrorKind::PermissionDenied };
-    let error = Error::new(kind, format!("cannot unmount: {said}")).path(mountpoint);
-    let name = point::in_shell(mountpoint);
-    match kind {
-        ErrorKind::Busy => error.hint(format!(
-            "`fuser -vm {name}` shows who uses it; `rebasefs umount --lazy {name}` lets them finish"
-        )),
-        _ => error,
+/// Runs a program by its name, or from the usual places where `PATH` does not lead to it. What it complains
+/// of, if it fails.
+fn run(program: &str, options: &[&str], real: &Path) -> io::Result<Option<String>> {
+    let places = DIRECTORIES.iter().map(|directory| Path::new(directory).join(program));
+    let mut tried = Err(io::ErrorKind::NotFound.into());
+    for place in std::iter::once(PathBuf::from(program)).chain(places) {
+        tried = run_at(place.as_os_str(), options, real);
+        if !tried.as_ref().is_err_and(is_none) {
+            break;
+        }
     }
+    tried
 }
 
-/// What `ctl/status` says.
-fn status(real: &Path, entry: &Entry) -> io::Result<String> {
-    let file = real.join("ctl/status");
-    match std::fs::read_to_string(&file) {
-        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => read_as_owner(&file, entry),
-        status => status,
+/// Whether there is no such program, or none that may be run.
+fn is_none(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied)
+}
+
+fn run_at(program: &OsStr, options: &[&str], real: &Path) -> io::Result<Option<String>> {
+    let mut command = Command::new(program);
+    command.args(options).arg("--").arg(real).env("LC_ALL", "C");
+    let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+    let began = Instant::now();
+    let status = loop {
+        if let Some(status) = child.try_wait()? {
+            break status;
+        }
+        if began.elapsed() > PROGRAM {
+            child.kill()?;
+            child.wait()?;
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "it does not end"));
+        }
+        thread::sleep(Duration::from_millis(2));
+    };
+    let mut said = String::new();
+    if let Some(stderr) = child.stderr.take() {
+        stderr.take(4096).read_to_string(&mut said)?;
     }
-}
-
-/// The process that serves, by what `ctl/status` says.
-fn number(status: &str) -> Option<u32> {
-    status.lines().find_map(|line| line.strip_prefix("server: ")?.parse().ok())
-}
-
-/// The server of a mount. One in another container has another number here, and is none.
-fn server(status: &str) -> Option<(u32, Process)> {
-    // One does not wait for oneself.
-    let number = number(status).filter(|number| *number != std::process::id())?;
-    let process = Process::open(number).inspect_err(|e| log::info!("process {number}: {e}")).ok()?;
-    let command = std::fs::read(format!("/proc/{number}/cmdline")).ok()?;
-    let is_rebasefs = command.windows(8).any(|word| word == b"rebasefs");
-    is_rebasefs.then_some((number, process))
-}
-
-/// Without `allow_other` even root sees nothing in the mount of somebody else; as him he does.
-fn read_as_owner(file: &Path, entry: &Entry) -> io::Result<String> {
-    let id = |key| entry.option(key).and_then(|id| id.parse().ok()).ok_or(io::ErrorKind::InvalidData);
-    let mut cat = Command::new("cat");
-    cat.arg("--").arg(file).uid(id("user_id")?).gid(id("group_id")?);
-    let mut child = cat.stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
-    let mut text = String::new();
-    let read = child.stdout.take().map(|mut output| output.read_to_string(&mut text));
-    child.wait()?;
-    read.unwrap_or(Ok(0)).map(|_| text)
-}
-
-fn wait(number: u32, process: &Process, mountpoint: &Path) -> Result<()> {
-    let doing = |e| Error::io(e, format!("cannot wait for the server, process {number}")).path(mountpoint);
-    if process.ends_within(SOON).map_err(doing)? {
-        return Ok(());
-    }
-    log::warn!(
-        "{}: unmounted; waiting for its server (process {number}) to finish what it does",
-        mountpoint.display()
-    );
-    while !process.ends_within(Duration::from_secs(60)).map_err(doing)? {}
-    Ok(())
+    Ok((!status.success()).then(|| said.trim().to_owned()))
 }

@@ -7,6 +7,7 @@ mod files;
 mod locks;
 mod mounts;
 mod process;
+mod sockets;
 
 use std::io;
 
@@ -15,6 +16,7 @@ pub use files::*;
 pub use locks::*;
 pub use mounts::*;
 pub use process::*;
+pub use sockets::*;
 
 /// The errno values that the rest of the crate names.
 pub mod errno {

@@ -134,7 +134,8 @@ impl Control {
         let errno = result.as_ref().map(drop).map_err(Error::errno);
         match &result {
             Ok(_) => log::info!("{}: done", job.command.in_words()),
-            Err(e) => log::info!("{}: {e}", job.command.in_words()),
+            Err(e) if e.kind() == ErrorKind::Cancelled => log::info!("{}: {e}", job.command.in_words()),
+            Err(e) => log::warn!("{}: {e}", job.command.in_words()),
         }
         let mut state = self.state();
         state.running = None;

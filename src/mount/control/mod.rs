@@ -317,12 +317,15 @@ impl Control {
         }
     }
 
-    fn cancel(&self) {
+    /// Stops the running job; whether there is one.
+    pub(super) fn cancel(&self) -> bool {
         let mut state = self.state();
-        if let Some(running) = &state.running {
+        let Some(running) = state.running.clone() else { return false };
+        if !running.progress.is_cancelled() {
             running.progress.cancel();
             state.changes.add();
         }
+        true
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
