@@ -3,7 +3,7 @@
 use rebasefs::file::{Access, CacheMode, HostFile, LocalFile, Lock};
 use serde_json::Value;
 
-use crate::scratch::{Scratch, rebasefs};
+use crate::scratch::{LoopMount, Scratch, rebasefs};
 
 /// Makes the image with both programs: the same line printed, the same description, and what
 /// rebasefs made is sound, also after QEMU has written to it.
@@ -108,7 +108,6 @@ fn what_cannot_be_made_is_refused_by_name_and_leaves_no_file() {
     let long = format!("-u -b {} -F raw i.qcow2 1M", "x".repeat(1024));
     for (line, reason) in [
         ("-o encryption=on i.qcow2 1M", "encryption"),
-        ("-o nocow=on i.qcow2 1M", "nocow"),
         ("-o frobnicate=1 i.qcow2 1M", "frobnicate"),
         ("-o cluster_size=1000 i.qcow2 1M", "cluster_size"),
         ("-o refcount_bits=3 i.qcow2 1M", "refcount_bits"),
@@ -148,4 +147,71 @@ fn an_image_that_is_in_use_or_its_own_backing_file_is_left_alone() {
     file.lock(Lock::Write).unwrap();
     assert!(s.rebasefs_fails(1, "create -f qcow2 base.qcow2 1M").contains("in use"));
     assert_eq!(std::fs::read(s.path("base.qcow2")).unwrap(), before);
+}
+
+#[test]
+fn a_file_whose_blocks_are_not_copied_is_made_as_qemu_makes_it() {
+    let s = Scratch::new();
+    std::fs::File::create(s.path("disk")).unwrap().set_len(200 << 20).unwrap();
+    s.ok("mkfs.btrfs", "-q disk");
+    let mount = LoopMount::new(&s, &s.path("disk"), "rw");
+    let here = Scratch::within(mount.path());
+    for (number, options) in ["-f qcow2 -o nocow=on", "-f raw -o nocow=on", "-f qcow2"].iter().enumerate() {
+        let flags = |name: &str| here.ok("lsattr", name).split(' ').next().unwrap().to_owned();
+        here.qemu_img(&format!("create -q {options} theirs{number} 1M"));
+        here.rebasefs(&format!("create -q {options} ours{number} 1M"));
+        assert_eq!(flags(&format!("ours{number}")), flags(&format!("theirs{number}")), "{options}");
+        assert_eq!(flags(&format!("ours{number}")).contains('C'), options.contains("nocow"));
+    }
+    // Where the file system has no such flag it is no error either.
+    s.rebasefs("create -f raw -o nocow=on plain.raw 1M");
+}
+
+/// A line that is refused, and whether qemu-img prints `Formatting …` before it says so.
+#[test]
+fn the_line_comes_before_an_error_where_it_does_with_qemu_img() {
+    let s = Scratch::new();
+    for line in [
+        "-f qcow2 -o cluster_size=3 e.qcow2 1M",
+        "-f qcow2 -o refcount_bits=abc e.qcow2 1M",
+        "-f qcow2 -o refcount_bits=3 e.qcow2 1M",
+        "-f qcow2 -o lazy_refcounts=maybe e.qcow2 1M",
+        "-f qcow2 -o extended_l2=on,cluster_size=4k e.qcow2 1M",
+        "-f qcow2 -o preallocation=bad e.qcow2 1M",
+        "-f qcow2 none/e.qcow2 1M",
+        "-f raw none/e.raw 1M",
+        "-f qcow2 -b none.raw -F raw e.qcow2 1M",
+        "-f qcow2 e.qcow2",
+    ] {
+        let (ours, theirs) =
+            (s.run(rebasefs(), &format!("create {line}")), s.run("qemu-img", &format!("create {line}")));
+        assert_eq!((ours.code, ours.stdout), (theirs.code, theirs.stdout), "{line}");
+        assert!(!s.path("e.qcow2").exists() || !ours.stderr.is_empty(), "{line}");
+        let _ = std::fs::remove_file(s.path("e.qcow2"));
+    }
+}
+
+#[test]
+fn a_backing_file_may_have_a_name_that_is_no_text_and_be_in_use() {
+    use std::os::unix::ffi::OsStrExt;
+    let s = Scratch::new();
+    let name = std::ffi::OsStr::from_bytes(b"b\xff.raw");
+    std::fs::File::create(s.path("").join(name)).unwrap().set_len(1 << 20).unwrap();
+    s.qemu_img("create -q -f qcow2 base.qcow2 2M");
+    let mut names = vec![(name, "raw"), ("base.qcow2".as_ref(), "qcow2")];
+    for (backing, format) in names.drain(..) {
+        let _held = crate::locks::Qemu::opens_for_writing(&s, format, backing);
+        for (program, image) in [("qemu-img", "theirs.qcow2"), (rebasefs(), "ours.qcow2")] {
+            let status = std::process::Command::new(program)
+                .args(["create", "-q", "-f", "qcow2", "-F", format, image, "-b"])
+                .arg(backing)
+                .current_dir(s.path(""))
+                .status();
+            assert!(status.unwrap().success(), "{program}");
+        }
+        assert!(
+            std::fs::read(s.path("ours.qcow2")).unwrap() == std::fs::read(s.path("theirs.qcow2")).unwrap()
+        );
+    }
+    s.rebasefs("create -q -U -f qcow2 -b base.qcow2 -F qcow2 forced.qcow2");
 }

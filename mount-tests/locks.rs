@@ -13,13 +13,17 @@ const WRITING: &str = "-f qcow2 cow.qcow2";
 const READING: &str = "-r -f qcow2 cow.qcow2";
 
 /// A QEMU program that has an image open until it is dropped.
-struct Qemu(Child);
+pub struct Qemu(Child);
 
 impl Qemu {
     /// `qemu-io` with these arguments, or its message if it cannot open the image.
     fn tries(s: &Scratch, line: &str) -> Result<Self, String> {
+        Self::tries_args(s, &line.split_whitespace().map(std::ffi::OsStr::new).collect::<Vec<_>>())
+    }
+
+    fn tries_args(s: &Scratch, arguments: &[&std::ffi::OsStr]) -> Result<Self, String> {
         let mut child = Command::new("qemu-io")
-            .args(line.split_whitespace())
+            .args(arguments)
             .current_dir(s.path(""))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -36,6 +40,12 @@ impl Qemu {
         child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
         child.wait().unwrap();
         Err(said)
+    }
+
+    /// `qemu-io` that has an image open for writing.
+    pub fn opens_for_writing(s: &Scratch, format: &str, image: &std::ffi::OsStr) -> Self {
+        Self::tries_args(s, &["-f".as_ref(), format.as_ref(), image])
+            .unwrap_or_else(|said| panic!("qemu-io {}: {said}", image.display()))
     }
 
     /// The same, which must succeed.
@@ -107,7 +117,11 @@ fn what_qemu_writes_is_refused_to_all_who_do_not_say_force_share() {
 }
 
 /// Commands that both programs have, from an overlay as it was at first.
-const COMMANDS: [&str; 9] = [
+const COMMANDS: [&str; 13] = [
+    "info -f raw base.raw",
+    "map -f raw base.raw",
+    "compare -f raw -F raw base.raw base.raw",
+    "compare -F raw cow.qcow2 base.raw",
     "info cow.qcow2",
     "info -U cow.qcow2",
     "check cow.qcow2",
@@ -121,7 +135,7 @@ const COMMANDS: [&str; 9] = [
 
 #[test]
 fn with_and_without_force_share_we_are_refused_what_qemu_img_is_refused() {
-    for holder in [None, Some(READING), Some(WRITING), Some("-r -f raw base.raw")] {
+    for holder in [None, Some(READING), Some(WRITING), Some("-r -f raw base.raw"), Some("-f raw base.raw")] {
         let s = old_and_new();
         let _held = holder.map(|line| Qemu::opens(&s, line));
         for line in COMMANDS {

@@ -54,6 +54,8 @@ pub enum Guess {
 pub struct Opener {
     guess: Guess,
     locking: bool,
+    /// Whether raw files may be written by others meanwhile.
+    looks_at_raw: bool,
     /// Whether the name of the first image of a chain must agree with its content.
     believes_names: bool,
     /// Files on this device are refused: they lie inside our own mount.
@@ -144,6 +146,7 @@ impl Opener {
         Self {
             guess: Guess::default(),
             locking: true,
+            looks_at_raw: false,
             believes_names: false,
             forbidden_device: None,
             tables: TableCache::new(),
@@ -162,6 +165,13 @@ impl Opener {
     #[must_use]
     pub fn force_share(self) -> Self {
         Self { locking: false, ..self }
+    }
+
+    /// Opens raw files also where others write to them, as QEMU's programs do that only look: what is read
+    /// may be torn, as with [`force_share`](Self::force_share).
+    #[must_use]
+    pub(crate) fn look_at_raw(self) -> Self {
+        Self { looks_at_raw: true, ..self }
     }
 
     /// Refuses to recognise the first image of a chain where its name promises another format than its
@@ -407,7 +417,8 @@ impl Opener {
         cache: CacheMode,
     ) -> Result<Arc<dyn Layer>> {
         if self.locking {
-            file.lock(Lock::Read)?;
+            let is_looked_at = self.looks_at_raw && format == Format::Raw;
+            file.lock(if is_looked_at { Lock::Look } else { Lock::Read })?;
         }
         match format {
             Format::Raw => Ok(Arc::new(Raw::open(file.clone()))),

@@ -56,7 +56,7 @@ pub(super) struct Arguments {
 
 pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
     arguments.refused.check()?;
-    let opener = arguments.opening.opener().caching(arguments.cache, arguments.cache);
+    let opener = arguments.opening.opener().look_at_raw().caching(arguments.cache, arguments.cache);
     let open = |path, format: &Option<String>| {
         opener.chain(path, options::format(format.as_deref())?, Access::ReadOnly)
     };

@@ -1,6 +1,6 @@
 //! `rebasefs create`: a new, empty image.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -34,13 +34,16 @@ pub(super) struct Arguments {
     options: Vec<String>,
     /// Backing file, as it is to stand in the header: relative to the new image's directory
     #[arg(short, long, value_name = "FILE")]
-    backing: Option<String>,
+    backing: Option<OsString>,
     /// Format of the backing file; recognised from the file if left out, and recorded
     #[arg(short = 'F', visible_short_alias = 'B', long, value_name = "FMT")]
     backing_format: Option<String>,
     /// Do not open the backing file; SIZE and -F are needed then
     #[arg(short = 'u', long)]
     backing_unsafe: bool,
+    /// Accepted for scripts: that a backing file is in use elsewhere is no obstacle
+    #[arg(short = 'U', long)]
+    force_share: bool,
     /// Print nothing but errors
     #[arg(short, long)]
     quiet: bool,
@@ -83,24 +86,27 @@ impl Arguments {
             return Err(Error::invalid("the new image needs a size").hint(USAGE));
         };
         options.set("size", bytes.to_string());
+        options.refuse_unreadable()?;
+        if !self.quiet {
+            let echo = options.echo();
+            print(&format!("Formatting '{}', fmt={format}{}\n", file.shown(), shown::line(&echo)))?;
+        }
         let wanted = match format {
             Format::Raw => Wanted::Raw(bytes.next_multiple_of(512), options.preallocation()?),
             Format::Qcow2 => Wanted::Qcow2(Box::new(options.spec()?)),
         };
         wanted.validate()?;
-        if !self.quiet {
-            let echo = options.echo();
-            print(&format!("Formatting '{}', fmt={format}{}\n", file.shown(), shown::line(&echo)))?;
-        }
-        wanted.make(file)
+        let has_copies = !options.is_on("nocow")?;
+        wanted.make(file, has_copies)
     }
 
     /// All options, wherever they were typed.
     fn options(&self, format: Format) -> Result<FormatOptions> {
         let mut options = FormatOptions::parse(format, &self.options)?;
+        let backing = self.backing.as_ref().map(|name| name.to_string_lossy().into_owned());
         let elsewhere = [
             ("size", "SIZE", &self.size),
-            ("backing_file", "-b", &self.backing),
+            ("backing_file", "-b", &backing),
             ("backing_fmt", "-F", &self.backing_format),
         ];
         for (name, typed, value) in elsewhere {
@@ -114,6 +120,7 @@ impl Arguments {
             }
             options.set(name, value.clone());
         }
+        options.name_backing(self.backing.clone());
         match options.find("backing_fmt") {
             Some(_) if options.backing().is_none() => {
                 let error = Error::invalid("the format of a backing file is given, but no backing file");
@@ -136,7 +143,8 @@ impl Arguments {
                     .hint("it is not opened; give its format with `-F FORMAT`")),
             };
         }
-        let chain = Opener::new().backing_chain(file, Some(backing))?;
+        // Only its header is read: a machine may run on it, for which this is the step before a snapshot.
+        let chain = Opener::new().force_share().backing_chain(file, Some(backing))?;
         if let Some(top) = chain.top() {
             let format = backing.format.clone().unwrap_or_else(|| format_to_record(backing, top.format()));
             let recorded = Reference { format: Some(format.clone()), ..backing.clone() };
@@ -164,12 +172,15 @@ impl Wanted {
         }
     }
 
-    fn make(&self, path: &Path) -> Result<()> {
+    fn make(&self, path: &Path, has_copies: bool) -> Result<()> {
         let data_path = match self {
             Self::Qcow2(spec) => spec.data_file.as_deref().map(|name| data_path(path, name)).transpose()?,
             Self::Raw(..) => None,
         };
         let file = LocalFile::create(path)?;
+        if !has_copies {
+            file.stop_copies();
+        }
         let made = match self {
             Self::Raw(bytes, preallocation) => make_raw(&file, *bytes, *preallocation),
             Self::Qcow2(spec) => make_qcow2(&file, data_path.as_deref(), spec),

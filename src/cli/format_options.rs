@@ -28,12 +28,12 @@ const QCOW2: &[Known] = &[
     Known("data_file_raw", "", "The external data file is a raw image by itself"),
     Known("lazy_refcounts", "off", "Refcounts may be written late"),
     Known("refcount_bits", "16", "Bits of a refcount, a power of two up to 64"),
-    Known("nocow", "", "Only off: chattr +C on the directory does it"),
+    Known("nocow", "", "Write in place where the file system would copy (Btrfs)"),
 ];
 const RAW: &[Known] = &[
     Known("size", "", "Virtual size"),
     Known("preallocation", "", "Set aside beforehand: off, falloc, full"),
-    Known("nocow", "", "Only off: chattr +C on the directory does it"),
+    Known("nocow", "", "Write in place where the file system would copy (Btrfs)"),
 ];
 const SWITCHES: &[&str] = &["extended_l2", "data_file_raw", "lazy_refcounts", "nocow"];
 
@@ -42,15 +42,17 @@ const SWITCHES: &[&str] = &["extended_l2", "data_file_raw", "lazy_refcounts", "n
 pub(super) struct FormatOptions {
     format: Format,
     given: Vec<(String, String)>,
+    /// The name of the backing file, where it was typed by itself: it need not be text.
+    backing: Option<OsString>,
 }
 
 impl FormatOptions {
     /// Splits `name=value,…` (a comma in a value is written twice). The last of a name counts.
     pub(super) fn parse(format: Format, texts: &[String]) -> Result<Self> {
-        let mut options = Self { format, given: Vec::new() };
+        let mut options = Self { format, given: Vec::new(), backing: None };
         for item in texts.iter().flat_map(|text| split(text)) {
             let (name, value) = item.split_once('=').unwrap_or((&item, "on"));
-            options.refuse(name, value)?;
+            options.refuse(name)?;
             options.set(name, value.to_owned());
         }
         Ok(options)
@@ -63,7 +65,7 @@ impl FormatOptions {
         }
     }
 
-    fn refuse(&self, name: &str, value: &str) -> Result<()> {
+    fn refuse(&self, name: &str) -> Result<()> {
         if name.starts_with("encrypt") {
             let error = Error::unsupported(format!("option '{name}': encryption is not supported"));
             return Err(error.hint("encrypt the file system below, or use qemu-img"));
@@ -71,10 +73,6 @@ impl FormatOptions {
         if !self.known().iter().any(|known| known.0 == name) {
             let error = Error::invalid(format!("format {} has no option '{name}'", self.format));
             return Err(error.hint("`-o help` lists the options"));
-        }
-        if name == "nocow" && switch(name, value)? {
-            let error = Error::unsupported("option 'nocow=on' is not supported");
-            return Err(error.hint("`chattr +C DIRECTORY` does it for all that is created there"));
         }
         Ok(())
     }
@@ -90,7 +88,25 @@ impl FormatOptions {
         self.given.iter().find(|(given, _)| given == name).map(|(_, value)| value.as_str())
     }
 
-    fn is_on(&self, name: &str) -> Result<bool> {
+    /// Takes the name of the backing file as it was typed.
+    pub(super) fn name_backing(&mut self, name: Option<OsString>) {
+        self.backing = name;
+    }
+
+    /// Refuses values that are no sizes, numbers or switches, whatever they mean.
+    pub(super) fn refuse_unreadable(&self) -> Result<()> {
+        if let Some(text) = self.find("cluster_size") {
+            size::parse(text, "cluster size")?;
+        }
+        if let Some(text) = self.find("refcount_bits")
+            && text.parse::<u64>().is_err()
+        {
+            return Err(not_one_of("refcount_bits", text, "a power of two up to 64"));
+        }
+        SWITCHES.iter().try_for_each(|name| self.is_on(name).map(drop))
+    }
+
+    pub(super) fn is_on(&self, name: &str) -> Result<bool> {
         self.find(name).map_or(Ok(false), |value| switch(name, value))
     }
 
@@ -98,7 +114,7 @@ impl FormatOptions {
     pub(super) fn backing(&self) -> Option<Reference> {
         let name = self.find("backing_file").filter(|name| !name.is_empty())?;
         let format = self.find("backing_fmt").map(str::to_owned);
-        Some(Reference { name: OsString::from(name), format })
+        Some(Reference { name: self.backing.clone().unwrap_or_else(|| OsString::from(name)), format })
     }
 
     /// The size in bytes, where one is given.
@@ -172,7 +188,7 @@ impl FormatOptions {
 
     /// The list that `-o help` shows.
     pub(super) fn help(format: Format) -> String {
-        let known = Self { format, given: Vec::new() }.known();
+        let known = Self { format, given: Vec::new(), backing: None }.known();
         let lines = known.iter().map(|Known(name, _, what)| format!("  {name:<20} - {what}\n"));
         format!("Supported options:\n{}", lines.collect::<String>())
     }

@@ -32,7 +32,7 @@ pub(super) struct Arguments {
     #[arg(short, long, default_value = "0", value_name = "OFFSET")]
     start_offset: String,
     /// Look at this many bytes at most
-    #[arg(short, long, value_name = "LENGTH")]
+    #[arg(short, visible_short_alias = 'l', long, value_name = "LENGTH")]
     max_length: Option<String>,
     /// Draw where the bytes come from: a cell a range, a colour and a character a layer
     #[arg(long, conflicts_with = "output")]
@@ -57,7 +57,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
         None => u64::MAX,
     };
     let format = options::format(arguments.format.as_deref())?;
-    let chain = arguments.opening.opener().chain(&arguments.file, format, Access::ReadOnly)?;
+    let chain = arguments.opening.opener().look_at_raw().chain(&arguments.file, format, Access::ReadOnly)?;
     if let Some(file) = &arguments.svg {
         draw(&chain, start, length, Grid::for_page)?.write_svg(file)?;
     }

@@ -35,8 +35,8 @@ fn bytes(text: &str) -> Option<u128> {
     };
     let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
     let is_number = |digits: &str| digits.bytes().all(|byte| byte.is_ascii_digit());
-    // Bytes cannot be divided.
-    let is_divided = shift == 0 && number.contains('.');
+    // Bytes cannot be divided; QEMU takes a fraction of nothing.
+    let is_divided = shift == 0 && fraction.bytes().any(|digit| digit != b'0');
     if whole.len() + fraction.len() == 0 || !is_number(whole) || !is_number(fraction) || is_divided {
         return None;
     }
@@ -103,6 +103,9 @@ mod tests {
             ("+5", 5),
             ("0.1k", 102),
             ("1.k", 1024),
+            ("1.", 1),
+            ("1024.0", 1024),
+            ("1.0b", 1),
             (".5k", 512),
             ("64K", 65536),
             ("7.9E", 9_108_079_886_394_091_136),

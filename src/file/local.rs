@@ -121,6 +121,14 @@ impl LocalFile {
         })
     }
 
+    /// Asks the file system to write in place what it would copy otherwise (`chattr +C`), while the file is
+    /// empty. One that cannot do so copies nothing, or copies on, as with QEMU.
+    pub(crate) fn stop_copies(&self) {
+        if let Err(e) = sys::stop_copies(&self.file) {
+            log::debug!("{}: cannot be written in place: {e}", self.path.display());
+        }
+    }
+
     fn tells_shared_extents(&self) -> bool {
         *self.tells_shared_extents.get_or_init(|| sys::tells_shared_extents(&self.file).unwrap_or(false))
     }

@@ -23,6 +23,8 @@ const RESIZE: u8 = 1 << 3;
 pub enum Lock {
     /// Not at all looked after (`qemu-img -U`, `--force-share`).
     None,
+    /// We look at it while others may write: what QEMU's programs take to read a raw file.
+    Look,
     /// We read; others may read too, but nobody may write.
     Read,
     /// We write; nobody else may open it, except with `--force-share`.
@@ -34,6 +36,7 @@ impl Lock {
     fn bits(self) -> (u8, u8) {
         match self {
             Self::None => (0, 0),
+            Self::Look => (CONSISTENT_READ, 0),
             Self::Read => (CONSISTENT_READ, WRITE | RESIZE),
             Self::Write => (CONSISTENT_READ | WRITE | RESIZE, WRITE | RESIZE),
         }

@@ -139,3 +139,15 @@ pub fn drop_cache(file: &File) -> io::Result<()> {
         errno => Err(io::Error::from_raw_os_error(errno)),
     }
 }
+
+/// Sets the flag `FS_NOCOW_FL` of an empty file.
+pub fn stop_copies(file: &File) -> io::Result<()> {
+    /// `FS_NOCOW_FL` of `linux/fs.h`.
+    const NO_COPIES: libc::c_int = 0x0080_0000;
+    let mut flags: libc::c_int = 0;
+    // SAFETY: the descriptor is open, and the kernel writes one int, in spite of the request's name.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), libc::FS_IOC_GETFLAGS, &raw mut flags) })?;
+    flags |= NO_COPIES;
+    // SAFETY: the descriptor is open, and the kernel reads one int.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), libc::FS_IOC_SETFLAGS, &raw const flags) }).map(drop)
+}
