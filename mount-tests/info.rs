@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::scratch::{Scratch, rebasefs};
+use crate::scratch::{LoopDevice, Scratch, rebasefs};
 
 /// Text and JSON of both programs are the same.
 fn same_info(s: &Scratch, line: &str) {
@@ -75,4 +75,42 @@ fn raw_files_have_no_secrets() {
     s.rebasefs_fails(1, "info missing.raw");
     assert!(s.rebasefs_fails(1, "info -f vmdk odd.raw").contains("vmdk"));
     assert!(s.rebasefs("info --help").contains("Example:"));
+}
+
+#[test]
+fn names_that_are_no_paths_and_formats_that_are_padded_are_shown_as_qemu_shows_them() {
+    let s = Scratch::new();
+    s.draw_raw("base.raw", 65536, "11");
+    s.qemu_img("create -q -f qcow2 base.qcow2 1M");
+    for name in [
+        "nbd://localhost/x",
+        "nothing:at-all",
+        "file:base.raw",
+        "./a:b",
+        "sub/../base.raw",
+        r#"json:{"driver":"qcow2","file":{"driver":"file","filename":"base.qcow2"}}"#,
+        r#"json:{"file":{"driver":"nbd","host":"h"}}"#,
+    ] {
+        let made = s
+            .run_args("qemu-img", &["create", "-q", "-u", "-f", "qcow2", "-b", name, "-F", "raw", "i", "1M"]);
+        assert_eq!(made.code, Some(0), "{}", made.stderr);
+        same_info(&s, "i");
+    }
+    s.qemu_img("create -q -f qcow2 -b base.raw -F raw padded.qcow2");
+    let image = std::fs::read(s.path("padded.qcow2")).unwrap();
+    let at = image.windows(4).position(|bytes| bytes == [0xe2, 0x79, 0x2a, 0xca]).unwrap();
+    // Eight bytes, of which five were padding.
+    s.poke("padded.qcow2", at as u64 + 4, &8u32.to_be_bytes());
+    same_info(&s, "--backing-chain padded.qcow2");
+    s.same("padded.qcow2", "base.raw");
+    assert_eq!(s.rebasefs("map padded.qcow2"), s.qemu_img("map padded.qcow2"));
+}
+
+#[test]
+fn a_device_is_described_as_qemu_describes_it() {
+    let s = Scratch::new();
+    std::fs::File::create(s.path("disk")).unwrap().set_len(4 << 20).unwrap();
+    let device = LoopDevice::attach(&s.path("disk"));
+    s.qemu_img(&format!("create -q -f qcow2 {} 1M", device.path()));
+    same_info(&s, device.path());
 }

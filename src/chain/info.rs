@@ -76,9 +76,8 @@ pub struct FileInfo {
     pub format: &'static str,
     /// Bytes that it takes on its file system.
     pub actual_size: u64,
-    /// What only a regular file has: nothing.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub format_specific: Option<FormatSpecific>,
+    /// What only a file of this machine has: nothing.
+    pub format_specific: FormatSpecific,
     /// Never.
     pub dirty_flag: bool,
 }
@@ -88,7 +87,7 @@ pub struct FileInfo {
 #[serde(tag = "type", content = "data", rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum FormatSpecific {
-    /// Of a regular file.
+    /// Of a file or device of this machine.
     File {},
     /// Of a qcow2 image.
     Qcow2(Qcow2Info),
@@ -170,8 +169,7 @@ impl ImageInfo {
         let file = FileInfo::of(&**layer.file())?;
         let image = layer.as_qcow2();
         let snapshots = image.map(Qcow2::snapshots).transpose()?.unwrap_or_default();
-        let full = |backing| name::resolve(layer.file().path(), backing).ok();
-        let text = |path: std::path::PathBuf| path.to_string_lossy().into_owned();
+        let full = |backing| name::full(layer.file().path(), backing);
         Ok(Self {
             backing_filename_format: layer.backing().and_then(|backing| backing.format.clone()),
             snapshots: snapshots.into_iter().map(SnapshotInfo::from).collect(),
@@ -181,7 +179,7 @@ impl ImageInfo {
             format: layer.format().to_string(),
             actual_size: file.actual_size,
             format_specific: image.map(Qcow2Info::of).transpose()?.map(FormatSpecific::Qcow2),
-            full_backing_filename: layer.backing().and_then(full).map(|location| text(location.path)),
+            full_backing_filename: layer.backing().map(full),
             backing_filename: layer.backing().map(name_of),
             dirty_flag: image.is_some_and(|image| image.header().incompatible & incompatible::DIRTY != 0),
             children: vec![Child { name: "file", info: file }],
@@ -215,7 +213,7 @@ impl FileInfo {
             filename: file.path().to_string_lossy().into_owned(),
             format: if is_device { "host_device" } else { "file" },
             actual_size: file.allocated_bytes()?,
-            format_specific: (!is_device).then_some(FormatSpecific::File {}),
+            format_specific: FormatSpecific::File {},
             dirty_flag: false,
         })
     }

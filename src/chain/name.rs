@@ -48,6 +48,19 @@ pub fn resolve(image: &Path, reference: &Reference) -> Result<Location> {
     Ok(Location { format, ..beside(image, path, has_prefix) })
 }
 
+/// The full name of the backing file that the image at `image` (as typed) names, as QEMU shows it: a path
+/// by that of the image, any other name as it is.
+pub(super) fn full(image: &Path, reference: &Reference) -> String {
+    let name = reference.name.as_bytes();
+    let path = match protocol(name) {
+        None if !name.starts_with(b"file:") => {
+            beside(image, Path::new(&reference.name).to_owned(), false).path
+        }
+        _ => reference.name.clone().into(),
+    };
+    path.to_string_lossy().into_owned()
+}
+
 /// Resolves what the image at `image` (as typed) says of its external data file. QEMU takes it
 /// from the current directory.
 ///

@@ -80,7 +80,10 @@ impl Extensions {
 
     /// An extension that holds a name.
     pub fn find_text(&self, kind: u32) -> Option<String> {
-        self.find(kind).map(|data| String::from_utf8_lossy(data).into_owned())
+        let data = self.find(kind)?;
+        // QEMU reads it as a C string: some programs pad it.
+        let end = data.iter().position(|&byte| byte == 0).unwrap_or(data.len());
+        Some(String::from_utf8_lossy(&data[..end]).into_owned())
     }
 
     /// Replaces the data of an extension where it stands, puts it first if it is new, or takes it
