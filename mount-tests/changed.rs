@@ -1,12 +1,13 @@
 //! Somebody changes a backing file while it is in use: the mount says so, and a rebase does not
 //! swap the header.
 
-use std::io::Read;
-use std::process::Stdio;
+use std::io::{Read, Write};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
 
-use crate::control::old_and_new;
+use crate::control::{draw_old_and_new, old_and_new};
 use crate::mounted::{Mounted, wait_until};
-use crate::scratch::Scratch;
+use crate::scratch::{LoopMount, Scratch};
 use crate::traced::{At, let_go_on};
 
 const CLUSTER: usize = 65536;
@@ -118,4 +119,114 @@ fn a_new_mode_or_a_look_does_not_stop_a_rebase() {
         s.ok("cat", "base.raw new.raw");
     });
     assert_eq!(ended, (Some(0), String::new()));
+}
+
+/// Writes as somebody who sets the modification time back.
+fn write_secretly(s: &Scratch, name: &str, at: u64, byte: u8) {
+    let modified = std::fs::metadata(s.path(name)).unwrap().modified().unwrap();
+    s.poke(name, at, &[byte; 512]);
+    let file = std::fs::File::options().write(true).open(s.path(name)).unwrap();
+    file.set_times(std::fs::FileTimes::new().set_modified(modified)).unwrap();
+}
+
+/// The change time moves, and all is compared again: the first clusters were compared before.
+#[test]
+fn a_write_that_sets_the_time_back_is_compared_again() {
+    let s = old_and_new();
+    let before = s.guest_bytes("qcow2", "cow.qcow2");
+    let equal = equal_cluster(&s);
+    let ended = rebased_meanwhile(&s, || write_secretly(&s, "new.raw", equal * CLUSTER as u64, 0xee));
+    assert_eq!(ended, (Some(0), String::new()));
+    s.check_clean("cow.qcow2");
+    assert!(s.qemu_img("info cow.qcow2").contains("backing file: new.raw"));
+    assert!(s.guest_bytes("qcow2", "cow.qcow2") == before);
+}
+
+/// A cluster of data in which old and new backing file are equal.
+fn equal_cluster(s: &Scratch) -> u64 {
+    let [old, new] = ["base.raw", "new.raw"].map(|name| std::fs::read(s.path(name)).unwrap());
+    let pairs = old.chunks(CLUSTER).zip(new.chunks(CLUSTER));
+    let place = pairs.into_iter().position(|(old, new)| old == new && old[0] != 0);
+    place.expect("a cluster that is equal") as u64
+}
+
+/// What was packed for everybody to build alike has a time of 0, which is a time.
+#[test]
+fn a_write_to_a_file_from_1970_is_seen() {
+    for name in ["base.raw", "new.raw"] {
+        let s = old_and_new();
+        for name in ["base.raw", "new.raw"] {
+            s.ok("touch", &format!("-d @0 {name}"));
+        }
+        let (code, said) = rebased_meanwhile(&s, || write_again(&s, name));
+        assert_eq!(code, Some(1), "{said}");
+        assert!(said.contains("has changed while it was being compared"), "{said}");
+    }
+}
+
+/// Times are whole seconds there: a write in the second of the last one moves none of them.
+#[test]
+fn a_write_in_the_same_second_is_seen_where_times_are_whole_seconds() {
+    let disk = Scratch::new();
+    disk.write("disk", &[]);
+    std::fs::File::options().write(true).open(disk.path("disk")).unwrap().set_len(64 << 20).unwrap();
+    disk.ok("mkfs.ext4", "-q -I 128 disk");
+    let mount = LoopMount::new(&disk, &disk.path("disk"), "rw");
+    for name in ["base.raw", "new.raw"] {
+        let s = Scratch::within(mount.path());
+        draw_old_and_new(&s);
+        let (code, said) = rebased_meanwhile(&s, || write_again(&s, name));
+        assert_eq!(code, Some(1), "{name}: {said}");
+        assert!(said.contains("has changed while it was being compared"), "{name}: {said}");
+        assert!(s.qemu_img("info cow.qcow2").contains("backing file: base.raw"));
+    }
+}
+
+/// A process that has mapped a file, and writes to the same page of it each time that it is told to.
+struct Mapped(Child);
+
+impl Mapped {
+    fn new(path: &Path) -> Self {
+        let script = "import mmap, sys\n\
+                      file = open(sys.argv[1], 'r+b')\n\
+                      page = mmap.mmap(file.fileno(), 4096)\n\
+                      for number in iter(lambda: sys.stdin.buffer.read(1), b''):\n    \
+                          page[100:101] = number\n    \
+                          print('.', end='', flush=True)\n";
+        let mut python = Command::new("python3");
+        let python = python.args(["-c", script]).arg(path).stdin(Stdio::piped()).stdout(Stdio::piped());
+        Self(python.spawn().expect("python3 is needed; scripts/test installs it"))
+    }
+
+    fn write(&mut self, byte: u8) {
+        self.0.stdin.as_mut().unwrap().write_all(&[byte]).unwrap();
+        self.0.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Somebody has mapped the file and written to a page of it. What he writes there next moves no time unless
+/// the page was written back.
+#[test]
+fn a_write_through_an_old_mapping_is_seen() {
+    let disk = Scratch::new();
+    disk.write("disk", &[]);
+    std::fs::File::options().write(true).open(disk.path("disk")).unwrap().set_len(64 << 20).unwrap();
+    disk.ok("mkfs.ext4", "-q disk");
+    let mount = LoopMount::new(&disk, &disk.path("disk"), "rw");
+    for name in ["base.raw", "new.raw"] {
+        let s = Scratch::within(mount.path());
+        draw_old_and_new(&s);
+        let mut mapped = Mapped::new(&s.path(name));
+        mapped.write(b'1');
+        let (code, said) = rebased_meanwhile(&s, || mapped.write(b'2'));
+        assert_eq!(code, Some(1), "{name}: {said}");
+        assert!(said.contains("has changed while it was being compared"), "{name}: {said}");
+    }
 }

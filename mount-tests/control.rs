@@ -24,11 +24,15 @@ const CLUSTER: usize = 65536;
 /// ```
 pub fn old_and_new() -> Scratch {
     let scratch = Scratch::new();
+    draw_old_and_new(&scratch);
+    scratch
+}
+
+pub fn draw_old_and_new(scratch: &Scratch) {
     scratch.draw_raw("base.raw", CLUSTER, "11 11 -- 22 -- 77 33 33");
     scratch.draw_raw("new.raw", CLUSTER, "11 99 -- 22 66 -- 33 88");
     scratch.qemu_img("create -q -f qcow2 -b base.raw -F raw cow.qcow2");
     scratch.draw("cow.qcow2", CLUSTER, "-- 44 -- -- 55 -- -- --");
-    scratch
 }
 
 /// The backing file and its format, as qemu-img finds them in the header.

@@ -125,6 +125,11 @@ impl Chain {
         Self::ending(self.layers.get(depth + 1..).unwrap_or_default().into(), self.unopened.clone())
     }
 
+    /// The chain with other objects for the same layers.
+    pub(crate) fn with_layers(&self, layers: Vec<Arc<dyn Layer>>) -> Self {
+        Self::ending(layers.into(), self.unopened.clone())
+    }
+
     /// This chain with `layer` on top of it.
     #[must_use]
     pub fn under(&self, layer: Arc<dyn Layer>) -> Self {

@@ -5,9 +5,12 @@
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::Chain;
-use crate::file::{HostFile, Identity, Stamp};
+use crate::error::Result;
+use crate::file::{HostFile, HostOffset, Identity, Stamp};
 use crate::shown::Shown;
 use crate::sys;
 
@@ -41,7 +44,59 @@ pub struct Change {
 impl Watch {
     /// Takes note of all files of `chain`.
     pub fn new(chain: &Chain) -> Self {
+        Self::of(chain).without_clocks()
+    }
+
+    fn of(chain: &Chain) -> Self {
         Self(chain.files().map(|file| (file.clone(), stamp(&**file))).collect())
+    }
+
+    fn without_clocks(mut self) -> Self {
+        for stamp in self.0.iter_mut().filter_map(|(_, stamp)| stamp.as_mut()) {
+            *stamp = if stamp.is_clock() { stamp.without_times() } else { *stamp };
+        }
+        self
+    }
+
+    /// The same, with times that move with the next write to a file: waits until the tick of its last write
+    /// is over, some seconds at most, and asks `go_on` meanwhile. What somebody has written through a
+    /// mapping is written back first, so that he moves the time when he writes there again.
+    pub fn settled(chain: &Chain, mut go_on: impl FnMut() -> Result<()>) -> Result<Self> {
+        for file in chain.files() {
+            for at in (0..file.size()).step_by(WRITE_BACK as usize) {
+                go_on()?;
+                file.write_back(HostOffset(at), WRITE_BACK);
+            }
+        }
+        let mut watch = Self::of(chain);
+        for _ in 0..ROUNDS {
+            let Some(wait) = watch.0.iter().filter_map(|(_, stamp)| stamp.as_ref()?.wait()).max() else {
+                break;
+            };
+            let began = Instant::now();
+            while let Some(left) = wait.checked_sub(began.elapsed()).filter(|left| !left.is_zero()) {
+                go_on()?;
+                thread::sleep(left.min(NAP));
+            }
+            let before = std::mem::replace(&mut watch, Self::of(chain));
+            let mut pairs = before.0.iter().zip(&watch.0).filter_map(|(before, now)| before.1.zip(now.1));
+            let moves = pairs.any(|(before, now)| {
+                let is_clock = before.is_clock() && now.is_clock();
+                !is_clock && (now.is_written_since(&before) || now.is_touched_since(&before))
+            });
+            if !moves {
+                break;
+            }
+        }
+        Ok(watch.without_clocks())
+    }
+
+    /// Whether the change time of a file has moved, whatever else has.
+    pub fn is_touched(&self) -> bool {
+        let is_touched = |(file, before): &(Arc<dyn HostFile>, Option<Stamp>)| {
+            before.zip(stamp(&**file)).is_some_and(|(before, now)| now.is_touched_since(&before))
+        };
+        self.0.iter().any(is_touched)
     }
 
     /// What has changed since, a file at a time. Asks the file system, which may take its time.
@@ -55,6 +110,13 @@ impl fmt::Display for Change {
         write!(f, "{} ({})", self.path.shown(), self.now)
     }
 }
+
+/// Bytes of a file that are written back at once.
+const WRITE_BACK: u64 = 256 << 20;
+/// How often a file that changes all the while is waited for: its next write is going to be seen.
+const ROUNDS: usize = 3;
+/// How long a wait goes on before it asks whether it may.
+const NAP: Duration = Duration::from_millis(50);
 
 /// What cannot be looked at tells nothing; reading it is going to fail.
 fn stamp(file: &dyn HostFile) -> Option<Stamp> {
@@ -75,7 +137,8 @@ fn change(file: &dyn HostFile, before: Option<Stamp>) -> Option<Change> {
     Some(Change { path: file.path().to_owned(), way, now })
 }
 
-fn date(time_ns: i64) -> String {
+fn date(time_ns: Option<i64>) -> String {
+    let Some(time_ns) = time_ns else { return "unknown".to_owned() };
     let seconds = time_ns / 1_000_000_000;
     match sys::local_time(seconds) {
         Some([year, month, day, hour, minute, second]) => {

@@ -353,6 +353,13 @@ impl HostFile for LocalFile {
         }
     }
 
+    fn write_back(&self, at: HostOffset, length: u64) {
+        if !self.identity.is_block_device() {
+            // Best effort: a page that cannot be written is one that somebody else is told of.
+            let _ = sys::write_back(&self.file, at.0, length);
+        }
+    }
+
     fn drop_cache(&self) -> Result<()> {
         sys::drop_cache(&self.file).map_err(|e| Error::io(e, "cannot drop what is cached").path(&self.path))
     }

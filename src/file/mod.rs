@@ -181,6 +181,12 @@ pub trait HostFile: fmt::Debug + Send + Sync {
     /// wait for. Makes nothing durable.
     fn start_sync(&self) {}
 
+    /// Writes back what whoever has mapped the file has written to a range, as far as the file system can
+    /// tell, so that writing there again moves its times. Makes nothing durable.
+    fn write_back(&self, at: HostOffset, length: u64) {
+        let _ = (at, length);
+    }
+
     /// Lets the kernel forget what it has cached, so that what is read next comes from the disk.
     /// Does nothing where there is no cache.
     ///

@@ -180,7 +180,7 @@ pub(crate) fn rebase(
     let target = target.map_or_else(|| open_target(&opener.renewed()), Ok)?;
     let mut writer = writer_of(top, &own.image, request)?;
     writer.check_backing(target.backing.as_ref())?;
-    let report = match request.mode {
+    let (report, below) = match request.mode {
         Mode::Safe => {
             if own.image.is_dirty() {
                 own = own.recovered()?;
@@ -188,25 +188,63 @@ pub(crate) fn rebase(
             }
             writer.check_tables()?;
             let ForWriting { image, below: old, .. } = &own;
-            let bases = Bases::new(old, &target.chain);
-            let known = request.difference(old, &target.chain)?;
-            let later = Later::of(request, image)?;
-            let chains = (old, &target.chain);
-            let report = copy::copy_differences(&*writer, chains, known.as_deref(), progress, later)?;
-            if request.verify {
-                progress.enter(Phase::Verify);
-                verify::verify(image, chains, report.compared, progress).doing(|| "verifying".to_owned())?;
-            }
-            bases.refuse_changed()?;
-            report
+            compare_and_copy((&*writer, image), (old, &target.chain), request, progress)?
         }
-        Mode::Unsafe => Report::default(),
+        Mode::Unsafe => (Report::default(), target.chain.clone()),
     };
     target.refuse_led_elsewhere(top)?;
     progress.enter(Phase::Swap);
     writer.set_backing(target.backing.as_ref())?;
     progress.enter(if request.reclaim { Phase::Reclaim } else { Phase::Done });
-    Ok((target.chain.under(reopened(top, &own.image)?), report))
+    Ok((below.under(reopened(top, &own.image)?), report))
+}
+
+/// Lets the overlay hold what differs. The files below are at the end what they were when they were compared:
+/// where a change time has moved and no modification time, all is read and compared again. Returns the new
+/// chain as it was read last.
+fn compare_and_copy(
+    (writer, image): (&Writer, &Qcow2),
+    (old, new): (&Chain, &Chain),
+    request: &Request,
+    progress: &Progress,
+) -> Result<(Report, Chain)> {
+    let mut later = Later::of(request, image)?;
+    let (mut old, mut new) = (old.clone(), new.clone());
+    let mut sum: Option<Report> = None;
+    for is_last in (1..unchanged::MOST_ROUNDS).map(|_| false).chain([true]) {
+        let bases = Bases::new(&old, &new, progress)?;
+        let report = compare_once((writer, image), (&old, &new), later, request, progress)?;
+        let sum = sum.get_or_insert(Report { copied: 0, zeroed: 0, ..report });
+        sum.copied += report.copied;
+        sum.zeroed += report.zeroed;
+        if is_last {
+            bases.refuse_touched()?;
+        }
+        if !bases.are_touched()? {
+            return Ok((*sum, new));
+        }
+        log::info!("the change time of a backing file has moved: all is compared again");
+        // Tables that were read before may be others by now.
+        (old, new) = (unchanged::read_again(&old)?, unchanged::read_again(&new)?);
+        later.held = None;
+    }
+    Err(Error::new(ErrorKind::Busy, "a backing file changes all the while").hint(unchanged::LEAVE_ALONE))
+}
+
+fn compare_once(
+    (writer, image): (&Writer, &Qcow2),
+    chains: (&Chain, &Chain),
+    later: Later,
+    request: &Request,
+    progress: &Progress,
+) -> Result<Report> {
+    let known = request.difference(chains.0, chains.1)?;
+    let report = copy::copy_differences(writer, chains, known.as_deref(), progress, later)?;
+    if request.verify {
+        progress.enter(Phase::Verify);
+        verify::verify(image, chains, report.compared, progress).doing(|| "verifying".to_owned())?;
+    }
+    Ok(report)
 }
 
 /// What is going to be looked at after all that needs a look has been compared.

@@ -39,7 +39,7 @@ pub(crate) fn reclaim(
     let image = own.image.reopen()?;
     writer.check_tables()?;
     progress.enter(Phase::Reclaim);
-    let bases = Bases::new(below, below);
+    let bases = Bases::new(below, below, progress)?;
     let top_alone = Chain::new([Arc::new(image.clone()) as Arc<dyn Layer>]);
     let held = held_bytes(&image)?;
     if progress.left() == 0 {
@@ -48,7 +48,7 @@ pub(crate) fn reclaim(
     }
     let mut part = progress.part(progress.left(), held);
     let dropped = Walk { overlay: &*writer, own: &top_alone, below, progress }.drop_equal(&mut part);
-    bases.refuse_changed()?;
+    bases.refuse_touched()?;
     // What was dropped before an error is dropped all the same.
     writer.commit()?;
     publish(below.under(reopened(top, &image)?))?;

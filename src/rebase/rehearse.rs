@@ -63,11 +63,11 @@ pub(crate) fn rehearse(
     }
     let notes = Notes { overlay: &writer, ranges: Mutex::default(), compared: Mutex::default() };
     refuse_shared_files(top, &old)?;
-    let bases = Bases::new(&old, &target.chain);
+    let bases = Bases::new(&old, &target.chain, progress)?;
     let known = request.difference(&old, &target.chain)?;
     let chains = (&old, &target.chain);
     let report = copy::copy_differences(&notes, chains, known.as_deref(), progress, Later::default())?;
-    bases.refuse_changed()?;
+    bases.refuse_touched()?;
     let (ranges, compared) = notes.in_order();
     Ok(Rehearsal { report, ranges, compared })
 }

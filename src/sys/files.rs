@@ -131,6 +131,16 @@ pub fn is_read_only_device(file: &File) -> io::Result<bool> {
 /// `_IO(0x12, 94)` of `linux/fs.h`, which libc has not.
 const BLKROGET: libc::Ioctl = (0x12 << 8 | 94) as libc::Ioctl;
 
+/// Writes back what the page cache holds of a range of a file, and waits for it: pages that somebody has
+/// mapped tell of the next write to them then.
+pub fn write_back(file: &File, offset: u64, length: u64) -> io::Result<()> {
+    let (offset, length) = (signed(offset)?, signed(length)?);
+    let how =
+        libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WRITE | libc::SYNC_FILE_RANGE_WAIT_AFTER;
+    // SAFETY: the descriptor is open for as long as `file` is borrowed; no memory is passed.
+    check(unsafe { libc::sync_file_range(file.as_raw_fd(), offset, length, how) }).map(drop)
+}
+
 /// Drops the clean pages of a file from the page cache.
 pub fn drop_cache(file: &File) -> io::Result<()> {
     // SAFETY: the descriptor is open for as long as `file` is borrowed; no memory is passed.

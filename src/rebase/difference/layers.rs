@@ -39,11 +39,6 @@ impl ChainKey {
     }
 }
 
-/// What the files of a chain look like now.
-pub(super) fn stamps(chain: &Chain) -> Result<Vec<Stamp>> {
-    chain.files().map(|file| file.stamp()).collect()
-}
-
 /// Samples of a file that make up its fingerprint: the first, the last, and as many between them.
 const SAMPLES: u64 = 64;
 /// Bytes of a sample.
@@ -67,6 +62,7 @@ struct SavedFile {
     path: String,
     size: u64,
     modified_ns: i64,
+    changed_ns: i64,
     inode: u64,
     /// SHA-256 of samples, in hexadecimal.
     fingerprint: String,
@@ -87,16 +83,27 @@ pub(super) fn saved(chain: &Chain) -> Result<Vec<SavedLayer>> {
 
 impl SavedFile {
     fn of(file: &dyn HostFile) -> Result<Self> {
-        let Stamp { size, modified_ns, inode, .. } = file.stamp()?;
-        if file.identity().is_block_device() || modified_ns == 0 {
+        let stamp = file.stamp()?;
+        let stamp = if stamp.is_clock() { stamp.without_times() } else { stamp };
+        let Stamp { size, modified_ns, changed_ns, inode, .. } = stamp;
+        // Some file systems say 1970 always.
+        let times = modified_ns.zip(changed_ns).filter(|times| *times != (0, 0));
+        let Some((modified_ns, changed_ns)) = times.filter(|_| !file.identity().is_block_device()) else {
             let what = "has no modification time: nothing tells whether it has been written to since";
             let error = Error::unsupported(what).path(file.path());
             return Err(error
                 .hint("leave out `--save-difference`: a difference is kept of files alone that have one"));
-        }
+        };
         let path = std::fs::canonicalize(file.path()).unwrap_or_else(|_| file.path().to_owned());
         let fingerprint = fingerprint(file, size)?;
-        Ok(Self { path: path.to_string_lossy().into_owned(), size, modified_ns, inode, fingerprint })
+        Ok(Self {
+            path: path.to_string_lossy().into_owned(),
+            size,
+            modified_ns,
+            changed_ns,
+            inode,
+            fingerprint,
+        })
     }
 }
 
@@ -131,6 +138,8 @@ fn mismatch_of_layer(was: &SavedLayer, now: &SavedLayer) -> Option<String> {
             changed("has been written to since (another modification time)")
         } else if was.fingerprint != now.fingerprint {
             changed("has other content (another fingerprint)")
+        } else if was.changed_ns != now.changed_ns {
+            changed("was given another name or mode since, or was written to (another change time)")
         } else {
             None
         }

@@ -19,8 +19,8 @@ pub(crate) fn look(
     qcow2_of(top)?;
     let new = Target::open(top, opener, request)?.chain;
     let old = chain.below(0);
-    let bases = Bases::new(&old, &new);
+    let bases = Bases::new(&old, &new, progress)?;
     let found = find::find(&old, &new, progress)?;
-    bases.refuse_changed()?;
+    bases.refuse_touched()?;
     Ok(found)
 }

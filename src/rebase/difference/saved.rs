@@ -20,7 +20,7 @@ use crate::error::{Context, Error, Result};
 /// What the file says it is.
 const TYPE: &str = "rebasefs difference";
 /// Changes when old programs would misread new files.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// A larger file is not read. The most ranges of one difference take about half of it.
 const MAX_BYTES: u64 = 64 << 20;
 

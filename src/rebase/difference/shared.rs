@@ -5,14 +5,13 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::layers::{self, ChainKey};
+use super::layers::ChainKey;
 use super::saved::{self, Saved};
 use super::{Difference, find};
-use crate::chain::Chain;
+use crate::chain::{Chain, Watch, Way};
 use crate::error::{Error, ErrorKind, Result};
-use crate::file::Stamp;
 use crate::layer::{Detail, GuestOffset};
-use crate::rebase::unchanged::LEAVE_ALONE;
+use crate::rebase::unchanged::{LEAVE_ALONE, MOST_ROUNDS, read_again};
 use crate::rebase::{Phase, Progress};
 
 /// Differences between chains, each found once for all who share this.
@@ -80,8 +79,9 @@ enum Entry {
 struct Known {
     difference: Arc<Difference>,
     /// Kept open, so that the locks on them are kept.
+    #[expect(dead_code, reason = "holds files and locks")]
     chains: [Chain; 2],
-    stamps: [Vec<Stamp>; 2],
+    watches: [Watch; 2],
 }
 
 impl Differences {
@@ -149,6 +149,12 @@ impl Differences {
         }
         let entry = lock(&self.known).entry(keys).or_default().clone();
         let mut entry = lock(&entry);
+        if let Entry::Known(known) = &*entry
+            && known.is_touched()
+        {
+            known.still()?;
+            *entry = Entry::Unknown;
+        }
         if matches!(*entry, Entry::Unknown) {
             *entry = match self.find(old, new) {
                 Ok(known) => Entry::Known(known),
@@ -173,7 +179,29 @@ impl Differences {
     }
 
     fn find(&self, old: &Chain, new: &Chain) -> Result<Known> {
-        let stamps = [layers::stamps(old)?, layers::stamps(new)?];
+        let mut known = self.find_once(old, new)?;
+        for _ in 1..MOST_ROUNDS {
+            if !known.is_touched() {
+                break;
+            }
+            known.still()?;
+            // Tables that were read before may be others by now.
+            known = self.find_once(&read_again(old)?, &read_again(new)?)?;
+        }
+        let difference = known.untouched()?;
+        if let Some((path, all)) = &self.saving {
+            let saved = Saved::new(old, new, &difference)?;
+            known.untouched()?;
+            let mut all = lock(all);
+            all.push(saved);
+            saved::save(path, &all)?;
+        }
+        Ok(known)
+    }
+
+    fn find_once(&self, old: &Chain, new: &Chain) -> Result<Known> {
+        let settled = |chain| Watch::settled(chain, || self.stop.stop_if_cancelled());
+        let watches = [settled(old)?, settled(new)?];
         let difference = match &self.loaded {
             Some((path, saved)) => saved::choose(path, saved, old, new)?,
             None => {
@@ -184,32 +212,39 @@ impl Differences {
                 found
             }
         };
-        let known = Known { difference: difference.into(), chains: [old.clone(), new.clone()], stamps };
-        let difference = known.still()?;
-        if let Some((path, all)) = &self.saving {
-            let saved = Saved::new(old, new, &difference)?;
-            known.still()?;
-            let mut all = lock(all);
-            all.push(saved);
-            saved::save(path, &all)?;
-        }
-        Ok(known)
+        Ok(Known { difference: difference.into(), chains: [old.clone(), new.clone()], watches })
     }
 }
 
 impl Known {
     /// The difference, if no file has been written to since.
     fn still(&self) -> Result<Arc<Difference>> {
-        for (chain, stamps) in self.chains.iter().zip(&self.stamps) {
-            for (file, was) in chain.files().zip(stamps) {
-                if file.stamp()?.is_written_since(was) {
-                    let what = "was written to while overlays were being moved from or onto it";
-                    return Err(Error::new(ErrorKind::Busy, what).path(file.path()).hint(LEAVE_ALONE));
-                }
+        match self.watches.iter().flat_map(Watch::changes).find(|change| change.way == Way::Written) {
+            None => Ok(self.difference.clone()),
+            Some(change) => Err(written(&change.path)),
+        }
+    }
+
+    /// The difference, if no file has been changed in any way.
+    fn untouched(&self) -> Result<Arc<Difference>> {
+        let difference = self.still()?;
+        match self.is_touched() {
+            false => Ok(difference),
+            true => {
+                let change = self.watches.iter().flat_map(Watch::changes).next();
+                Err(written(change.as_ref().map_or(Path::new("a backing file"), |change| &change.path)))
             }
         }
-        Ok(self.difference.clone())
     }
+
+    fn is_touched(&self) -> bool {
+        self.watches.iter().any(Watch::is_touched)
+    }
+}
+
+fn written(path: &Path) -> Error {
+    let what = "was written to while overlays were being moved from or onto it";
+    Error::new(ErrorKind::Busy, what).path(path).hint(LEAVE_ALONE)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
