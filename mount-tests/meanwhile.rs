@@ -275,6 +275,22 @@ fn an_image_in_whose_place_another_file_is_keeps_its_backing_file() {
     assert!(s.guest_bytes("qcow2", "cow.qcow2") == before);
 }
 
+#[test]
+fn an_image_in_whose_data_file_s_place_another_file_is_keeps_its_backing_file() {
+    let s = old_and_new();
+    s.qemu_img("create -q -f qcow2 -o data_file=data.raw -b base.raw -F raw cow.qcow2");
+    let mounted = Mounted::new(&s, "cow.qcow2");
+    let image = std::fs::read(s.path("cow.qcow2")).unwrap();
+    s.ok("cp", "--sparse=always data.raw moved.raw");
+    s.ok("mv", "moved.raw data.raw");
+    for line in ["-b new.raw", "-b ''", "-u -F raw -b new.raw"] {
+        let error = std::fs::write(mounted.path("ctl/rebase"), format!("{line}\n")).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ResourceBusy, "{line}");
+        assert!(mounted.status("error").contains("data.raw: its path leads"), "{}", mounted.says("status"));
+    }
+    assert!(std::fs::read(s.path("cow.qcow2")).unwrap() == image);
+}
+
 /// Runs a rebase, to which this happens when it has begun to write; it must fail, and say this.
 fn fails_if_meanwhile(s: &Scratch, line: &str, deed: impl FnOnce(), words: &str) {
     let size = |path: &Path| path.metadata().unwrap().len();

@@ -215,7 +215,7 @@ fn what_is_wrong_with_the_options_is_one_line_in_status() {
         ("-b 'new.raw", "a quotation mark is not closed"),
         ("--dry-run -u -b new.raw", "cannot be used with"),
         ("--reclaims -b new.raw", "unexpected argument '--reclaims' found"),
-        ("-F vmdk -b new.raw", "vmdk"),
+        ("-F floppy -b new.raw", "format 'floppy' is not supported"),
         ("-b new.raw cow.qcow2", "'cow.qcow2' has no place in ctl/rebase"),
         ("-p -b new.raw", "-p (--progress) has no place in ctl/rebase"),
         ("-b new.raw\r", "carriage return"),
@@ -223,6 +223,8 @@ fn what_is_wrong_with_the_options_is_one_line_in_status() {
         let error = fails(&mounted, line, ErrorKind::InvalidInput);
         assert!(error.contains(words), "{line}: {error}");
     }
+    let error = fails(&mounted, "-F vmdk -b new.raw", ErrorKind::Unsupported);
+    assert!(error.contains("format 'vmdk' is not supported"), "{error}");
     let error = fails(&mounted, "-b missing.raw", ErrorKind::NotFound);
     assert!(error.contains("missing.raw"), "{error}");
     assert!(std::fs::read(scratch.path("cow.qcow2")).unwrap() == image);

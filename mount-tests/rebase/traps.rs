@@ -166,6 +166,8 @@ fn trap_11_the_name_alone_is_recorded_whatever_it_leads_to_as_qemu_does() {
         ("nbd://host/export", "raw"),
         ("no-image.qcow2", "qcow2"),
         ("directory", "raw"),
+        ("disk.vmdk", "vmdk"),
+        ("/vm/disk.vhd", "vpc"),
         ("new", "raw"),
     ] {
         let line = format!("rebase -u -b {name} -F {format} cow.qcow2");
@@ -188,6 +190,11 @@ fn trap_11_the_name_alone_is_recorded_whatever_it_leads_to_as_qemu_does() {
         let line = format!("rebase -u -b {name} cow.qcow2");
         assert!(scratch.rebasefs_fails(1, &line).contains("give it with `-F FORMAT`"));
         assert_eq!(scratch.run("qemu-img", &line).code, Some(1));
+    }
+    let said = scratch.rebasefs_fails(1, "rebase -b new -F vmdk cow.qcow2");
+    assert!(said.contains("format 'vmdk' is not supported"), "{said}");
+    for program in [rebasefs(), "qemu-img"] {
+        assert_eq!(scratch.run(program, "rebase -u -b new -F floppy cow.qcow2").code, Some(1));
     }
     let said = scratch.rebasefs_fails(1, "rebase -b missing.img -F raw cow.qcow2");
     assert!(said.contains("No such file or directory"), "{said}");

@@ -50,6 +50,10 @@ const NAMED: &[(&str, &str)] = &[
     ("hds", "parallels"),
 ];
 
+/// QEMU's names of image formats that we do not read.
+const QEMU_ALONE: [&str; 11] =
+    ["bochs", "cloop", "dmg", "luks", "parallels", "qcow", "qed", "vdi", "vhdx", "vmdk", "vpc"];
+
 /// The one that hides its magic bytes further in: VirtualBox's, at offset 64.
 const VDI: (usize, &[u8]) = (64, b"\x7f\x10\xda\xbe");
 
@@ -66,6 +70,11 @@ impl Format {
                 "it is `raw` or `qcow2`; others are converted with `qemu-img convert -O qcow2 FILE NEW`",
             )),
         }
+    }
+
+    /// Whether QEMU has a format of that name, be it one that we read or not: such a name can be recorded.
+    pub(crate) fn is_named(name: &str) -> bool {
+        Self::from_name(name).is_ok() || QEMU_ALONE.contains(&name)
     }
 
     /// Recognises the format from the first bytes of a file; what has no known magic is raw.

@@ -59,7 +59,7 @@ impl<'a> ForWriting<'a> {
             refuse_shared_files(top, &chain.below(0))?;
         }
         let lock = WriteLock::take(top, opener)?;
-        refuse_renamed(&**top.file())?;
+        refuse_renamed(top)?;
         if top.as_live().is_none() {
             top.file().take_size_anew()?;
             top.data_file().take_size_anew()?;
@@ -157,12 +157,16 @@ fn refuse_other(
     Err(Error::new(ErrorKind::Busy, what).path(file.path()).hint(OPEN_ANEW))
 }
 
-/// Refuses an image whose path leads to another file by now, or to none: who opens it by that path would not
-/// see what is written to this one.
+/// Refuses an image whose path, or that of its external data file, leads to another file by now, or to none:
+/// who opens it by that path would not see what is written to this one.
 ///
 /// # Errors
 /// It is so.
-pub(super) fn refuse_renamed(file: &dyn HostFile) -> Result<()> {
+pub(super) fn refuse_renamed(top: &Arc<dyn Layer>) -> Result<()> {
+    [top.file(), top.data_file()].into_iter().try_for_each(|file| refuse_led_elsewhere(&**file))
+}
+
+fn refuse_led_elsewhere(file: &dyn HostFile) -> Result<()> {
     if file.descriptor().is_none() {
         // It is no file of this machine, and has no path.
         return Ok(());

@@ -59,6 +59,9 @@ impl Options {
             let error = Error::invalid("no backing file given");
             return Err(error.hint("`-b FILE` for another one, `-b \"\"` for none"));
         };
+        if let (Some(format), false) = (&self.backing_format, self.is_unsafe) {
+            Format::from_name(format)?;
+        }
         let reference = || Reference { name: name.clone(), format: self.backing_format.clone() };
         Ok(Request {
             backing: (!name.is_empty()).then(reference),
@@ -71,7 +74,10 @@ impl Options {
     }
 }
 
-/// The name of a backing format, as it is to be recorded: a format that we read.
+/// The name of a backing format, as it is to be recorded. To be read it must be one that we read.
 fn format_name(name: &str) -> Result<String> {
-    Format::from_name(name).map(|_| name.to_owned())
+    match Format::is_named(name) {
+        true => Ok(name.to_owned()),
+        false => Format::from_name(name).map(|_| name.to_owned()),
+    }
 }

@@ -62,7 +62,7 @@ impl Target {
     /// It leads elsewhere, or nowhere ([`ErrorKind::Busy`]).
     pub fn refuse_led_elsewhere(&self, top: &Arc<dyn Layer>) -> Result<()> {
         let image = top.file();
-        refuse_renamed(&**image)?;
+        refuse_renamed(top)?;
         let (Some(backing), Some(opened), Some(_)) = (&self.backing, self.chain.top(), image.descriptor())
         else {
             return Ok(());
