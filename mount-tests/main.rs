@@ -26,6 +26,7 @@ mod meanwhile;
 mod memory_file;
 mod mount;
 mod mounted;
+mod output;
 mod partitions;
 mod picture;
 mod progress;

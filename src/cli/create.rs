@@ -11,7 +11,7 @@ use super::options::Refused;
 use super::print::print;
 use crate::chain::{Opener, format_to_record, refuse_what_qemu_cannot_open, resolve};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::file::{HostFile, Identity, LocalFile};
+use crate::file::{Access, HostFile, Identity, LocalFile, output};
 use crate::layer::qcow2::create::{Preallocation, Spec, create, write_zeros};
 use crate::layer::{Format, Reference};
 use crate::shown::{self, Shown};
@@ -79,9 +79,10 @@ impl Arguments {
 
     fn create(&self, format: Format, file: &Path) -> Result<()> {
         let mut options = self.options(format)?;
-        if let Some(backing) = options.backing() {
-            self.look_at_backing(file, &backing, &mut options)?;
-        }
+        let in_play = match options.backing() {
+            Some(backing) => self.look_at_backing(file, &backing, &mut options)?,
+            None => Vec::new(),
+        };
         let Some(bytes) = options.size()? else {
             return Err(Error::invalid("the new image needs a size").hint(USAGE));
         };
@@ -97,7 +98,7 @@ impl Arguments {
         };
         wanted.validate()?;
         let has_copies = !options.is_on("nocow")?;
-        wanted.make(file, has_copies)
+        wanted.make(file, has_copies, &in_play)
     }
 
     /// All options, wherever they were typed.
@@ -131,14 +132,19 @@ impl Arguments {
         }
     }
 
-    /// Takes from the backing file what was not given: its format, its size.
-    fn look_at_backing(&self, file: &Path, backing: &Reference, options: &mut FormatOptions) -> Result<()> {
+    /// Takes from the backing file what was not given: its format, its size. Returns the files of its chain.
+    fn look_at_backing(
+        &self,
+        file: &Path,
+        backing: &Reference,
+        options: &mut FormatOptions,
+    ) -> Result<Vec<Identity>> {
         if self.backing_unsafe {
             if let Err(error) = resolve(file, backing) {
                 log::warn!("{error}: its name is recorded all the same");
             }
             return match backing.format {
-                Some(_) => Ok(()),
+                Some(_) => Ok(in_play(file, backing)),
                 None => Err(Error::invalid("with -u, the format of the backing file is needed")
                     .hint("it is not opened; give its format with `-F FORMAT`")),
             };
@@ -154,8 +160,16 @@ impl Arguments {
         if options.find("size").is_none() {
             options.set("size", chain.virtual_size().to_string());
         }
-        Ok(())
+        Ok(chain.files().map(|file| file.identity()).collect())
     }
+}
+
+/// The files of a chain that need not exist: as many as can be found. The new image may be one of them.
+fn in_play(image: &Path, backing: &Reference) -> Vec<Identity> {
+    let Ok(named) = resolve(image, backing) else { return Vec::new() };
+    let opened = Opener::new().force_share().chain(&named.path, None, Access::ReadOnly);
+    let chain = opened.inspect_err(|e| log::debug!("not opened: {e}")).unwrap_or_default();
+    chain.files().map(|file| file.identity()).chain(Identity::of(&named.path)).collect()
 }
 
 /// What is to be made.
@@ -172,30 +186,68 @@ impl Wanted {
         }
     }
 
-    fn make(&self, path: &Path, has_copies: bool) -> Result<()> {
+    /// Makes it, unless it or its data file is one of those `in_play`.
+    fn make(&self, path: &Path, has_copies: bool, in_play: &[Identity]) -> Result<()> {
         let data_path = match self {
             Self::Qcow2(spec) => spec.data_file.as_deref().map(|name| data_path(path, name)).transpose()?,
             Self::Raw(..) => None,
         };
-        let file = LocalFile::create(path)?;
+        let mut made = Made::default();
+        let file = made.claim(path, in_play)?;
+        let data_file = data_path.as_deref().map(|path| made.claim(path, in_play)).transpose()?;
+        // Nobody has either of them, and neither is anything else.
+        for file in [Some(&file), data_file.as_ref()].into_iter().flatten() {
+            made.empty(file)?;
+        }
         if !has_copies {
             file.stop_copies();
         }
-        let made = match self {
-            Self::Raw(bytes, preallocation) => make_raw(&file, *bytes, *preallocation),
-            Self::Qcow2(spec) => make_qcow2(&file, data_path.as_deref(), spec),
-        };
-        if made.is_err() && !file.identity().is_block_device() {
-            // What is there is no image; that it cannot be removed is the smaller of two failures.
-            let _ = std::fs::remove_file(path);
+        match self {
+            Self::Raw(bytes, preallocation) => make_raw(&file, *bytes, *preallocation)?,
+            Self::Qcow2(spec) => create(&file, data_file.as_ref().map(|file| file as &dyn HostFile), spec)?,
         }
-        made
+        made.paths.clear();
+        Ok(())
     }
 }
 
-fn make_qcow2(file: &LocalFile, data_path: Option<&Path>, spec: &Spec) -> Result<()> {
-    let data_file = data_path.map(LocalFile::create).transpose()?;
-    create(file, data_file.as_ref().map(|file| file as &dyn HostFile), spec)
+/// Files that are no images yet, and are removed if they do not become any.
+#[derive(Default)]
+struct Made {
+    paths: Vec<PathBuf>,
+}
+
+impl Made {
+    /// Creates a file, or opens it as it is.
+    fn claim(&mut self, path: &Path, in_play: &[Identity]) -> Result<LocalFile> {
+        let is_new = path.symlink_metadata().is_err();
+        if let Ok(there) = Identity::of(path) {
+            output::refuse_in_play(there, in_play.iter().copied()).path(path)?;
+        }
+        let file = LocalFile::claim(path)?;
+        if is_new {
+            self.paths.push(path.to_owned());
+        }
+        Ok(file)
+    }
+
+    /// What was there is there no more.
+    fn empty(&mut self, file: &LocalFile) -> Result<()> {
+        file.empty()?;
+        if !file.identity().is_block_device() && !self.paths.iter().any(|path| path == file.path()) {
+            self.paths.push(file.path().to_owned());
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        for path in &self.paths {
+            // That it cannot be removed is the smaller of two failures.
+            let _ = std::fs::remove_file(path);
+        }
+    }
 }
 
 fn make_raw(file: &LocalFile, bytes: u64, preallocation: Preallocation) -> Result<()> {

@@ -1,14 +1,15 @@
 //! `rebasefs generate`: manual pages and shell completions, made from the command line's own
 //! definition, so that they are never behind it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
 use clap_complete::Shell;
 
 use super::print::print;
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
+use crate::file::output::Output;
 
 /// Make manual pages, or completions for a shell
 #[derive(Debug, Args)]
@@ -41,8 +42,10 @@ pub(super) fn run(arguments: Arguments, mut command: clap::Command) -> Result<Ex
     match arguments.what {
         What::Man { directory } => {
             std::fs::create_dir_all(&directory)
-                .and_then(|()| clap_mangen::generate_to(command, &directory))
                 .map_err(|e| Error::io(e, "cannot write the manual pages").path(&directory))?;
+            let mut command = command.disable_help_subcommand(true);
+            command.build();
+            write_pages(command, &directory).doing(|| "writing the manual pages".to_owned())?;
         }
         What::Completions { shell } => {
             let mut text = Vec::new();
@@ -51,4 +54,13 @@ pub(super) fn run(arguments: Arguments, mut command: clap::Command) -> Result<Ex
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// A page for the command and each of its subcommands.
+fn write_pages(command: clap::Command, directory: &Path) -> Result<()> {
+    for subcommand in command.get_subcommands().filter(|subcommand| !subcommand.is_hide_set()) {
+        write_pages(subcommand.clone(), directory)?;
+    }
+    let page = clap_mangen::Man::new(command);
+    Output::new(&directory.join(page.get_filename()), [])?.write(|mut out| page.render(&mut out))
 }

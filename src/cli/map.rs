@@ -10,8 +10,8 @@ use super::picture::{Colour, Grid, Kind, Picture};
 use super::print::{self, print};
 use super::size;
 use crate::chain::{Chain, MapEntry};
-use crate::error::{Error, Result};
-use crate::file::Access;
+use crate::error::{Context, Error, Result};
+use crate::file::{Access, output};
 use crate::shown::Shown;
 
 /// Show which layer of the chain holds which bytes of the disk
@@ -59,7 +59,9 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
     let format = options::format(arguments.format.as_deref())?;
     let chain = arguments.opening.opener().look_at_raw().chain(&arguments.file, format, Access::ReadOnly)?;
     if let Some(file) = &arguments.svg {
-        draw(&chain, start, length, Grid::for_page)?.write_svg(file)?;
+        let output = output::Output::new(file, chain.files().map(|file| file.identity()));
+        let output = output.doing(|| "writing the picture".to_owned())?;
+        draw(&chain, start, length, Grid::for_page)?.write_svg(&output)?;
     }
     if arguments.picture {
         let columns = print::columns();

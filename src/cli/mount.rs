@@ -15,7 +15,8 @@ use clap::Args;
 use super::messages::Time;
 use super::mount_options::{self, Words};
 use super::options::Opening;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::file::output;
 use crate::layer::Format;
 use crate::mount::{Mount, MountOptions, Writing};
 use crate::sys::{self, Fork};
@@ -90,7 +91,10 @@ pub(super) fn run(mut arguments: Arguments) -> Result<ExitCode> {
     };
     let log = arguments.log.as_deref().map(Log::open).transpose()?;
     let foreground = arguments.foreground;
-    let mount = checked(arguments, words.mount);
+    let mut mount = checked(arguments, words.mount);
+    if let Some(Log(_, path)) = &log {
+        mount = mount.log(path);
+    }
     if foreground {
         let mounted = mount.start()?;
         if let Err(e) = tell_service_manager() {
@@ -127,7 +131,7 @@ struct Log(File, PathBuf);
 impl Log {
     fn open(path: &Path) -> Result<Self> {
         let cannot = |e| Error::io(e, "cannot open the log").path(path);
-        let file = File::options().create(true).append(true).open(path).map_err(cannot)?;
+        let file = output::append(path).doing(|| "opening the log".to_owned())?;
         Ok(Self(file, std::path::absolute(path).map_err(cannot)?))
     }
 

@@ -74,6 +74,16 @@ impl LocalFile {
     /// # Errors
     /// Another process uses the file, or the operating system does not let us.
     pub fn create(path: &Path) -> Result<Self> {
+        let file = Self::claim(path)?;
+        file.empty()?;
+        Ok(file)
+    }
+
+    /// Creates `path`, or opens it as it is, if no other process uses it.
+    ///
+    /// # Errors
+    /// As [`create`](Self::create).
+    pub(crate) fn claim(path: &Path) -> Result<Self> {
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -87,10 +97,12 @@ impl LocalFile {
         let file = file.map_err(|e| Error::io(e, "cannot create").path(path))?;
         let file = Self::from_file(file, path.to_owned(), Access::ReadWrite, CacheMode::default())?;
         file.lock(Lock::Write)?;
-        if !file.identity.is_block_device() {
-            file.set_size(0)?;
-        }
         Ok(file)
+    }
+
+    /// Takes all that is in a regular file away.
+    pub(crate) fn empty(&self) -> Result<()> {
+        if self.identity.is_block_device() { Ok(()) } else { self.set_size(0) }
     }
 
     fn from_file(file: File, path: PathBuf, access: Access, cache: CacheMode) -> Result<Self> {

@@ -68,6 +68,16 @@ fn take(file: &File, lock: Lock) -> Result<()> {
     Ok(())
 }
 
+/// Whether somebody else has a file open as an image, whichever of these locks it holds.
+pub(super) fn is_held(file: &File) -> std::io::Result<bool> {
+    for byte in bytes(USED, u8::MAX).chain(bytes(REFUSED, u8::MAX)) {
+        if sys::byte_is_locked(file, byte)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 fn release_all_but(file: &File, keep: Lock) -> Result<()> {
     let every = bytes(USED, u8::MAX).chain(bytes(REFUSED, u8::MAX));
     for byte in every.filter(|&byte| !all_bytes(keep).any(|kept| kept == byte)) {

@@ -9,6 +9,7 @@ mod direct;
 mod directory;
 mod local;
 mod lock;
+pub(crate) mod output;
 mod stamp;
 
 use std::fmt;

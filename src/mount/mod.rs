@@ -35,7 +35,8 @@ use std::time::SystemTime;
 
 use crate::chain::{Chain, Opener};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::file::Access;
+use crate::file::output::refuse_in_play;
+use crate::file::{Access, Identity};
 use crate::layer::Format;
 use crate::sys;
 use control::Control;
@@ -88,6 +89,7 @@ pub struct Mount {
     options: MountOptions,
     threads: usize,
     writing: Writing,
+    log: Option<PathBuf>,
 }
 
 /// A mount that stands, and can be used from now on. [`serve`](Self::serve) keeps it; it is taken down
@@ -108,6 +110,7 @@ impl Mount {
             options: MountOptions::default(),
             threads: thread::available_parallelism().map_or(2, |n| n.get().max(2)),
             writing: Writing::default(),
+            log: None,
         }
     }
 
@@ -136,6 +139,11 @@ impl Mount {
         Self { writing, ..self }
     }
 
+    /// The file that messages go to: it may be none of the chain.
+    pub fn log(self, file: impl Into<PathBuf>) -> Self {
+        Self { log: Some(file.into()), ..self }
+    }
+
     /// Opens the image and mounts it. Blocks SIGINT, SIGTERM and SIGHUP in the calling thread: the first two
     /// end the mount, for the third see [`Mounted::on_hangup`]. To be called before there are threads that do not block them.
     ///
@@ -148,6 +156,11 @@ impl Mount {
         let mountpoint = point::check(&point::absolute(&self.mountpoint)?, &image)?;
         let config = self.options.config(&image, self.threads)?;
         let (chain, read_only) = open(&self.opener.clone().believe_names(), &image, self.format)?;
+        if let Some((log, identity)) = self.log.as_ref().and_then(|log| Some((log, Identity::of(log).ok()?)))
+        {
+            let in_play = chain.files().map(|file| file.identity());
+            refuse_in_play(identity, in_play).path(log).doing(|| "opening the log".to_owned())?;
+        }
         let chain = match (self.writing, read_only.as_ref()) {
             (Writing::Refused, _) => chain,
             (_, None) => writing::prepare(&chain, &self.opener)?,
@@ -169,7 +182,8 @@ impl Mounted {
         Self(self.0.take().map(|mounted| mounted.on_hangup(Box::new(hung_up))))
     }
 
-    /// Serves until the file system is unmounted or a signal asks to end (SIGINT, SIGTERM). Then it stops a running rebase, waits for it, and takes the mount down.
+    /// Serves until the file system is unmounted or a signal asks to end (SIGINT, SIGTERM). Then it stops a
+    /// running rebase, waits for it, and takes the mount down.
     ///
     /// # Errors
     /// The mount cannot be taken down, its connection broke, or what was written last cannot be made

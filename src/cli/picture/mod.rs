@@ -6,10 +6,8 @@
 mod svg;
 mod terminal;
 
-use std::fs;
-use std::path::Path;
-
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Result};
+use crate::file::output::Output;
 
 /// What bytes can be, with a line in the legend.
 #[derive(Clone, Debug)]
@@ -137,9 +135,9 @@ impl Picture {
     ///
     /// # Errors
     /// The file cannot be written.
-    pub fn write_svg(&self, path: &Path) -> Result<()> {
-        let written = fs::write(path, svg::document(self)).map_err(|e| Error::io(e, "cannot write"));
-        written.path(path).doing(|| "writing the picture".to_owned())
+    pub fn write_svg(&self, output: &Output<'_>) -> Result<()> {
+        let written = output.write(|out| out.write_all(svg::document(self).as_bytes()));
+        written.doing(|| "writing the picture".to_owned())
     }
 }
 

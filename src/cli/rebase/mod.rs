@@ -17,9 +17,9 @@ use super::options::{Opening, Output, Refused};
 use super::print;
 use super::progress::Showing;
 use super::stop::{self, Stop};
-use crate::chain::Opener;
-use crate::error::{Error, ErrorKind, Result};
-use crate::file::{Access, CacheMode};
+use crate::chain::{Chain, Opener};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::file::{Access, CacheMode, output};
 use crate::layer::Format;
 use crate::rebase::{Mode, Options, Progress, Rebased, Rehearsal, Request, rebase_alone, rehearse};
 
@@ -137,10 +137,12 @@ fn work_on(
     let access = if options.dry_run { Access::ReadOnly } else { Access::ReadWrite };
     let chain = request.open(opener, image, arguments.format, access)?;
     if options.dry_run {
+        let picture =
+            arguments.svg.as_deref().map(|file| beside(file, &chain, opener, request)).transpose()?;
         let found = rehearse(&chain, opener, request, progress)?;
-        if let Some(file) = &arguments.svg {
+        if let Some(output) = &picture {
             let backing = request.backing.as_ref().map(|backing| Path::new(&backing.name));
-            picture::write_svg(&found, &chain, backing, file)?;
+            picture::write_svg(&found, &chain, backing, output)?;
         }
         return Ok(Done { found, took: began.elapsed(), sizes: None });
     }
@@ -148,4 +150,18 @@ fn work_on(
     let Rebased { chain, report } = rebase_alone(&chain, opener, request, progress)?;
     let found = Rehearsal { report, ..Rehearsal::default() };
     Ok(Done { found, took: began.elapsed(), sizes: Some((before, report::size_on_disk(&chain)?)) })
+}
+
+/// A file that may be written: it is in neither the old nor the new chain.
+fn beside<'a>(
+    file: &'a Path,
+    chain: &Chain,
+    opener: &Opener,
+    request: &Request,
+) -> Result<output::Output<'a>> {
+    let new = chain.top().and_then(|top| opener.chain_below(&**top.file(), request.backing.as_ref()).ok());
+    // A new chain that cannot be opened is reported by who rebases.
+    let new = new.unwrap_or_default();
+    output::Output::new(file, chain.files().chain(new.files()).map(|file| file.identity()))
+        .doing(|| "writing the picture".to_owned())
 }

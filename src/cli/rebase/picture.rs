@@ -5,6 +5,7 @@ use std::path::Path;
 use crate::chain::Chain;
 use crate::cli::picture::{Colour, Grid, Kind, Picture};
 use crate::error::Result;
+use crate::file::output::Output;
 use crate::layer::{Detail, GuestOffset};
 use crate::rebase::Rehearsal;
 use crate::shown::Shown;
@@ -25,7 +26,12 @@ const KINDS: [(char, Colour, &str); 5] = [
 ];
 
 /// Draws what was found for a page.
-pub(super) fn write_svg(found: &Rehearsal, chain: &Chain, backing: Option<&Path>, file: &Path) -> Result<()> {
+pub(super) fn write_svg(
+    found: &Rehearsal,
+    chain: &Chain,
+    backing: Option<&Path>,
+    output: &Output<'_>,
+) -> Result<()> {
     let Some(top) = chain.top() else { return Ok(()) };
     let name = top.file().path().shown();
     let title = match backing {
@@ -42,7 +48,7 @@ pub(super) fn write_svg(found: &Rehearsal, chain: &Chain, backing: Option<&Path>
     let grid = Grid::for_page(smallest);
     let mut picture = Picture::new(title, 0, top.virtual_size(), kinds.collect(), grid);
     draw(&mut picture, found, &Chain::new([top.clone()]))?;
-    picture.write_svg(file)
+    picture.write_svg(output)
 }
 
 /// `top` is the overlay alone.

@@ -3,10 +3,8 @@
 //! Whoever loads one trusts it as he trusts the images: what it does not list is not compared. A file
 //! that was cut short, changed or made for other chains is refused; memory stays bounded by its size.
 
-use std::ffi::OsStr;
-use std::fs::{File, Permissions};
-use std::io::{BufWriter, Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::fs::File;
+use std::io::{Read, Write};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -16,6 +14,8 @@ use super::layers::{self, SavedLayer};
 use super::{Difference, MAX_RANGES};
 use crate::chain::Chain;
 use crate::error::{Context, Error, Result};
+use crate::file::Identity;
+use crate::file::output::Output;
 
 /// What the file says it is.
 const TYPE: &str = "rebasefs difference";
@@ -63,31 +63,23 @@ impl Saved {
     }
 }
 
-/// Writes differences to a file, which is there as a whole afterwards or as it was before.
-pub(super) fn save(path: &Path, differences: &[Saved]) -> Result<()> {
-    let doing = || "saving the difference".to_owned();
-    let failed = |e| Error::io(e, "cannot write").path(path);
-    let directory = path.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new("."));
-    let mut beside = tempfile::Builder::new();
-    beside.prefix(path.file_name().unwrap_or(OsStr::new("difference"))).suffix(".new");
-    // As any new file; what tempfile makes is for the owner alone.
-    beside.permissions(Permissions::from_mode(0o666));
-    let mut file = beside.tempfile_in(directory).map_err(failed).doing(doing)?;
-    write(&mut file, differences).and_then(|()| file.as_file().sync_all()).map_err(failed).doing(doing)?;
-    file.persist(path).map_err(|e| failed(e.error)).doing(doing)?;
-    // The name is durable, too; a file system that cannot say so has done its best.
-    let _ = File::open(directory).and_then(|directory| directory.sync_all());
-    Ok(())
+/// Writes differences to a file, which is there as a whole afterwards or as it was before. It must be none of
+/// those `in_play`.
+pub(super) fn save(
+    path: &Path,
+    differences: &[Saved],
+    in_play: impl Iterator<Item = Identity>,
+) -> Result<()> {
+    let saved = Output::new(path, in_play).and_then(|output| output.write(|out| write(out, differences)));
+    saved.doing(|| "saving the difference".to_owned())
 }
 
-fn write(file: &mut impl Write, differences: &[Saved]) -> std::io::Result<()> {
+fn write(out: &mut dyn Write, differences: &[Saved]) -> std::io::Result<()> {
     let differences = serde_json::value::to_raw_value(differences)?;
     let checksum = checksum(&differences);
     let document = Document { kind: TYPE.to_owned(), version: VERSION, checksum, differences: &differences };
-    let mut out = BufWriter::new(file);
-    serde_json::to_writer(&mut out, &document)?;
-    out.write_all(b"\n")?;
-    out.flush()
+    serde_json::to_writer(&mut *out, &document)?;
+    out.write_all(b"\n")
 }
 
 fn checksum(differences: &serde_json::value::RawValue) -> String {

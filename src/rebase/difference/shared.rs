@@ -9,7 +9,9 @@ use super::layers::ChainKey;
 use super::saved::{self, Saved};
 use super::{Difference, find};
 use crate::chain::{Chain, Watch, Way};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::file::Identity;
+use crate::file::output::Output;
 use crate::layer::{Detail, GuestOffset};
 use crate::rebase::unchanged::{LEAVE_ALONE, MOST_ROUNDS, read_again};
 use crate::rebase::{Phase, Progress};
@@ -105,6 +107,16 @@ impl Differences {
         Self { saving: Some((path.to_owned(), Mutex::default())), ..self }
     }
 
+    /// Refuses to save over one of these files.
+    pub(crate) fn refuse_saving_over(&self, in_play: impl Iterator<Item = Identity>) -> Result<()> {
+        match &self.saving {
+            None => Ok(()),
+            Some((path, _)) => {
+                Output::new(path, in_play).map(drop).doing(|| "saving the difference".to_owned())
+            }
+        }
+    }
+
     /// Whether something was saved.
     pub(crate) fn are_saved(&self) -> bool {
         self.saving.as_ref().is_some_and(|(_, saved)| !lock(saved).is_empty())
@@ -194,7 +206,7 @@ impl Differences {
             known.untouched()?;
             let mut all = lock(all);
             all.push(saved);
-            saved::save(path, &all)?;
+            saved::save(path, &all, old.files().chain(new.files()).map(|file| file.identity()))?;
         }
         Ok(known)
     }

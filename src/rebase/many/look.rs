@@ -42,6 +42,11 @@ impl Many {
         places.extend(data_files);
         self.refuse_standing_on_each_other(&looked, &places)?;
         self.refuse_unknown_differences(&looked, opener)?;
+        if let Some(differences) = &self.request.differences {
+            let chains =
+                looked.moves.iter().flat_map(|(_, its_move)| its_move.0.files().chain(its_move.1.files()));
+            differences.refuse_saving_over(chains.chain(places.into_keys()))?;
+        }
         Ok(looked)
     }
 
