@@ -177,3 +177,20 @@ fn tables_that_share_tables_cost_no_more_than_they_are_long() {
     let message = s.rebasefs_fails(2, "check i.qcow2");
     assert!(message.contains("used more often than a refcount can say"), "{message}");
 }
+
+/// 256 clusters that nothing points to.
+#[test]
+fn of_many_findings_the_rest_is_counted() {
+    let s = Scratch::new();
+    s.qemu_img("create -q -f qcow2 i.qcow2 64M");
+    s.qemu_io("qcow2", "i.qcow2", &["write -q 0 16M"]);
+    // The L1 entry that leads to all of them is gone.
+    let header = std::fs::read(s.path("i.qcow2")).unwrap();
+    let l1 = u64::from_be_bytes(header[40..48].try_into().unwrap());
+    s.poke("i.qcow2", l1, &[0; 8]);
+    let ended = s.run(rebasefs(), "check i.qcow2");
+    assert_eq!(ended.code, Some(3));
+    let (listed, rest) = ended.stderr.trim_end().rsplit_once('\n').unwrap();
+    assert_eq!((listed.lines().count(), rest), (100, "157 more findings are counted, and not listed"));
+    assert!(ended.stdout.contains("257 leaked clusters"), "{}", ended.stdout);
+}

@@ -99,6 +99,10 @@ fn a_page_gets_a_document_whatever_the_files_are_called() {
     let titles = titles(&s, "map.svg");
     assert_eq!(titles.len(), expected(&s, "top.qcow2").as_bytes().chunk_by(|a, b| a == b).count());
     assert_eq!(titles[2], "0x20000 – 0x30000 (64 KiB): 1: middle.qcow2 (qcow2)");
+    assert_eq!(
+        s.run_args(rebasefs(), &["map", "--svg", "-", name]).stdout.as_bytes(),
+        std::fs::read(s.path("map.svg")).unwrap()
+    );
     let missing = s.rebasefs_fails(1, "map --svg nowhere/map.svg top.qcow2");
     assert!(missing.contains("nowhere/map.svg") && missing.contains("writing the picture"), "{missing}");
 }

@@ -75,9 +75,12 @@ fn many_overlays_share_one_count_that_never_runs_backwards() {
 }
 
 /// What a terminal of so many columns was sent, by line and by carriage return.
-fn on_a_terminal(s: &Scratch, columns: u32, line: &str) -> Vec<String> {
+fn on_a_terminal(s: &Scratch, locale: &str, columns: u32, line: &str) -> Vec<String> {
     let line = format!("stty rows 24 cols {columns}; {line}");
-    let script = format!("export R TERM=xterm; script -qec '{}' /dev/null", line.replace("$R", "'\"$R\"'"));
+    let script = format!(
+        "export R TERM=xterm LC_ALL={locale}; script -qec '{}' /dev/null",
+        line.replace("$R", "'\"$R\"'")
+    );
     let sent = slowly(s, 40, &script).stdout;
     sent.split(['\r', '\n']).map(str::to_owned).collect()
 }
@@ -86,7 +89,7 @@ fn on_a_terminal(s: &Scratch, columns: u32, line: &str) -> Vec<String> {
 fn a_terminal_shows_a_bar_that_fits_and_is_gone_when_it_is_done() {
     for columns in [40, 80, 200] {
         let s = scratch();
-        let sent = on_a_terminal(&s, columns, "$R rebase --verify -b new cow.qcow2");
+        let sent = on_a_terminal(&s, "C.UTF-8", columns, "$R rebase --verify -b new cow.qcow2");
         let plain = |line: &String| line.replace("\u{1b}[2K", "").replace("\u{1b}[1A", "");
         let bars: Vec<String> = sent.iter().map(plain).filter(|line| line.contains('━')).collect();
         assert!(bars.len() >= 3, "{sent:?}");
@@ -99,7 +102,7 @@ fn a_terminal_shows_a_bar_that_fits_and_is_gone_when_it_is_done() {
         assert!(last.starts_with("Image rebased: of 4 MiB"), "{sent:?}");
     }
     let s = scratch();
-    let sent = on_a_terminal(&s, 80, "$R rebase -q -b new cow.qcow2");
+    let sent = on_a_terminal(&s, "C.UTF-8", 80, "$R rebase -q -b new cow.qcow2");
     assert!(sent.iter().all(String::is_empty), "{sent:?}");
 }
 
@@ -138,4 +141,24 @@ fn the_closing_line_tells_what_happened() {
     let figures = "Image rebased: of 4 MiB not in the overlay, 2 MiB were equal by metadata, 2 MiB compared; \
                    1 MiB copied, 0 B zeroed; 1 MiB reclaimed; ";
     assert!(said.starts_with(figures) && said.contains(" on the disk, ") && said.ends_with(" s\n"), "{said}");
+}
+
+#[test]
+fn where_the_locale_has_no_other_characters_the_bar_is_ascii() {
+    let s = scratch();
+    let sent = on_a_terminal(&s, "C", 80, "$R rebase --verify -b new cow.qcow2");
+    assert!(sent.iter().all(|line| line.is_ascii()), "{sent:?}");
+    assert!(sent.iter().any(|line| line.contains(" % ") && line.contains('#')), "{sent:?}");
+}
+
+/// As many do: an object of an image that fails, beside the error.
+#[test]
+fn one_image_that_fails_has_an_object_too() {
+    let s = scratch();
+    let ended = s.run(rebasefs(), "rebase --output=json -b missing cow.qcow2");
+    assert_eq!(ended.code, Some(1));
+    let object: Value = serde_json::from_str(&ended.stdout).unwrap();
+    assert_eq!(object["filename"], "cow.qcow2");
+    let error = object["error"].as_str().unwrap();
+    assert!(ended.stderr.contains(error) && error.contains("missing"), "{}{}", ended.stdout, ended.stderr);
 }

@@ -356,6 +356,23 @@ fn completions_are_made_for_the_usual_shells() {
     }
     scratch.write("completions", scratch.rebasefs("generate completions bash").as_bytes());
     scratch.ok("bash", "-n completions");
+    // What is offered behind these words: formats, cache modes, files.
+    scratch.write("new.raw", b"");
+    for (words, offered) in [
+        ("rebase -F ", "raw qcow2"),
+        ("create -f q", "qcow2"),
+        ("compare -T write", "writeback writethrough"),
+        ("rebase -b ne", "new.raw"),
+        ("check -r ", "leaks all"),
+    ] {
+        let script = format!(
+            "source completions; COMP_WORDS=(rebasefs {}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+             _rebasefs rebasefs \"${{COMP_WORDS[-1]}}\" \"${{COMP_WORDS[-2]}}\" && echo ${{COMPREPLY[@]}}",
+            words.split(' ').map(|word| format!("'{word}'")).collect::<Vec<_>>().join(" ")
+        );
+        let ended = scratch.run_args("bash", &["-c", &script]);
+        assert_eq!(ended.stdout.trim(), offered, "{words}: {}", ended.stderr);
+    }
 }
 
 #[test]

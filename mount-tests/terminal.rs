@@ -94,6 +94,7 @@ fn on_a_terminal(s: &Scratch, line: &str, delay: (&str, u32), keys: Option<(&str
     let mut script = Command::new("env")
         .args(["--default-signal=INT", "script", "-qefc", &shell, "/dev/null"])
         .env("TERM", "xterm")
+        .env("LC_ALL", "C.UTF-8")
         .env("SHELL", "/bin/sh")
         .env_remove("NO_COLOR")
         .current_dir(s.path(""))

@@ -103,7 +103,9 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
         None => Outcome { left: check(image)?, ..Outcome::default() },
         Some(what) => repaired(&layer, &opener, what)?,
     };
-    outcome.messages().for_each(|message| complain(message));
+    list(&outcome.before, outcome.unlisted_before);
+    list(&outcome.left.messages, outcome.left.unlisted);
+    list(&outcome.notes, 0);
     match arguments.output {
         Output::Json => print_json(&as_json(&outcome, &arguments.file.to_string_lossy(), layer.format()))?,
         Output::Human if arguments.quiet => {}
@@ -117,15 +119,19 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
 struct Outcome {
     /// What was found before a repair, and why not all of it could be repaired.
     before: Vec<String>,
+    /// How many more findings there were.
+    unlisted_before: u64,
     notes: Vec<String>,
     leaks_fixed: u64,
     corruptions_fixed: u64,
     left: CheckReport,
 }
 
-impl Outcome {
-    fn messages(&self) -> impl Iterator<Item = &String> {
-        self.before.iter().chain(&self.left.messages).chain(&self.notes)
+/// A finding a line; of many, how many more there are.
+fn list(messages: &[String], unlisted: u64) {
+    messages.iter().for_each(|message| complain(message));
+    if unlisted > 0 {
+        complain(&format!("{unlisted} more findings are counted, and not listed"));
     }
 }
 
@@ -135,8 +141,11 @@ fn repaired(layer: &Arc<dyn Layer>, opener: &Opener, what: Repair) -> Result<Out
     let repaired = repair::repair(&own.image, what.into())?;
     let (leaks_fixed, corruptions_fixed) = (repaired.leaks_fixed(), repaired.corruptions_fixed());
     let Repaired { found, left, notes } = repaired;
-    let before = if found == left { Vec::new() } else { found.messages };
-    Ok(Outcome { before, notes, leaks_fixed, corruptions_fixed, left })
+    let (before, unlisted_before) = match found == left {
+        true => Default::default(),
+        false => (found.messages, found.unlisted),
+    };
+    Ok(Outcome { before, unlisted_before, notes, leaks_fixed, corruptions_fixed, left })
 }
 
 fn exit_code(report: &CheckReport) -> u8 {

@@ -4,12 +4,15 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::{Args, Subcommand};
+use clap::builder::PossibleValuesParser;
+use clap::{Args, Subcommand, ValueHint};
 use clap_complete::Shell;
 
 use super::print::print;
 use crate::error::{Context, Error, Result};
+use crate::file::CacheMode;
 use crate::file::output::Output;
+use crate::layer::Format;
 
 /// Make manual pages, or completions for a shell
 #[derive(Debug, Args)]
@@ -49,6 +52,8 @@ pub(super) fn run(arguments: Arguments, mut command: clap::Command) -> Result<Ex
         }
         What::Completions { shell } => {
             let mut text = Vec::new();
+            command.build();
+            let mut command = with_values(command);
             clap_complete::generate(shell, &mut command, "rebasefs", &mut text);
             print(&String::from_utf8_lossy(&text))?;
         }
@@ -63,4 +68,21 @@ fn write_pages(command: clap::Command, directory: &Path) -> Result<()> {
     }
     let page = clap_mangen::Man::new(command);
     Output::new(&directory.join(page.get_filename()), [])?.write(|mut out| page.render(&mut out))
+}
+
+/// The same command line with the values that a shell can offer where the command itself takes more: it says
+/// what is wrong with a format that it does not know.
+fn with_values(command: clap::Command) -> clap::Command {
+    let names: Vec<String> = command.get_subcommands().map(|sub| sub.get_name().to_owned()).collect();
+    let command = command.mut_args(|argument| {
+        let offered: &[&str] = match argument.get_id().as_str() {
+            "format" | "a_format" | "b_format" | "backing_format" => &Format::NAMES,
+            "cache" | "backing_cache" => &CacheMode::NAMES,
+            "backing" => return argument.value_hint(ValueHint::FilePath),
+            "mountpoint" | "directory" => return argument.value_hint(ValueHint::DirPath),
+            _ => return argument,
+        };
+        argument.value_parser(PossibleValuesParser::new(offered))
+    });
+    names.iter().fold(command, |command, name| command.mut_subcommand(name, with_values))
 }

@@ -37,7 +37,7 @@ pub(super) struct Arguments {
     /// Draw where the bytes come from: a cell a range, a colour and a character a layer
     #[arg(long, conflicts_with = "output")]
     picture: bool,
-    /// Draw the same for a page, into FILE
+    /// Draw the same for a page, into FILE; - for the standard output
     #[arg(long, value_name = "FILE", conflicts_with = "output")]
     svg: Option<PathBuf>,
     #[command(flatten)]
@@ -59,7 +59,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
     let format = options::format(arguments.format.as_deref())?;
     let chain = arguments.opening.opener().look_at_raw().chain(&arguments.file, format, Access::ReadOnly)?;
     if let Some(file) = &arguments.svg {
-        let output = output::Output::new(file, chain.files().map(|file| file.identity()));
+        let output = output::Output::or_standard(file, chain.files().map(|file| file.identity()));
         let output = output.doing(|| "writing the picture".to_owned())?;
         draw(&chain, start, length, Grid::for_page)?.write_svg(&output)?;
     }

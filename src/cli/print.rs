@@ -47,6 +47,13 @@ pub(super) fn is_coloured() -> bool {
     anstream::AutoStream::choice(&io::stdout()) != anstream::ColorChoice::Never
 }
 
+/// Whether the locale has more characters than ASCII: the first of its variables that is set says so.
+pub(super) fn is_unicode() -> bool {
+    let said = ["LC_ALL", "LC_CTYPE", "LANG"].map(|name| std::env::var(name).unwrap_or_default());
+    let locale = said.into_iter().find(|value| !value.is_empty()).unwrap_or_default().to_lowercase();
+    locale.contains("utf-8") || locale.contains("utf8")
+}
+
 /// Writes a value as qemu-img writes JSON: indented by four spaces, with a newline at the end.
 pub(super) fn print_json(value: &impl Serialize) -> Result<()> {
     print(&(json(value)? + "\n"))

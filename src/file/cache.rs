@@ -20,6 +20,9 @@ pub enum CacheMode {
 }
 
 impl CacheMode {
+    /// The names of all of them, as QEMU has them.
+    pub(crate) const NAMES: [&str; 5] = ["writeback", "writethrough", "none", "directsync", "unsafe"];
+
     /// The mode of that name.
     ///
     /// # Errors

@@ -27,6 +27,7 @@ enum Place {
     Over(PathBuf, Metadata),
     /// `/dev/null`, a terminal: written to as it is.
     Device,
+    StandardOutput,
 }
 
 impl<'a> Output<'a> {
@@ -37,6 +38,17 @@ impl<'a> Output<'a> {
     /// system does not let us.
     pub fn new(path: &'a Path, in_play: impl IntoIterator<Item = Identity>) -> Result<Self> {
         place(path, in_play).map(|place| Self { typed: path, place }).map_err(|e| e.path(path))
+    }
+
+    /// The same, where `-` is the standard output.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn or_standard(path: &'a Path, in_play: impl IntoIterator<Item = Identity>) -> Result<Self> {
+        match path == Path::new("-") {
+            true => Ok(Self { typed: path, place: Place::StandardOutput }),
+            false => Self::new(path, in_play),
+        }
     }
 
     /// Writes it.
@@ -52,6 +64,10 @@ impl<'a> Output<'a> {
             Place::New => self.typed,
             Place::Over(path, _) => path,
             Place::Device => return content(&mut open(self.typed)?),
+            Place::StandardOutput => {
+                let mut out = io::stdout().lock();
+                return content(&mut out).and_then(|()| out.flush());
+            }
         };
         let directory = path.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new("."));
         let mut beside = tempfile::Builder::new();

@@ -58,6 +58,9 @@ const QEMU_ALONE: [&str; 11] =
 const VDI: (usize, &[u8]) = (64, b"\x7f\x10\xda\xbe");
 
 impl Format {
+    /// The names of all of them.
+    pub(crate) const NAMES: [&str; 2] = ["raw", "qcow2"];
+
     /// The format of that name. Old images store the protocol where the format belongs.
     ///
     /// # Errors

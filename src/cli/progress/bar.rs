@@ -74,7 +74,7 @@ impl Bar {
                 .with_key("numbers", move |_: &ProgressState, out: &mut dyn Write| {
                     write(&lock(&numbers).1, out);
                 });
-            self.bar.set_style(style.progress_chars("━━─"));
+            self.bar.set_style(style.progress_chars(if print::is_unicode() { "━━─" } else { "##-" }));
         }
         self.columns = Some(columns);
     }

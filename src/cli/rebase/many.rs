@@ -11,7 +11,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use clap::Args;
-use serde_json::json;
 
 use super::{Arguments, Done, Output, print, report, work_on};
 use crate::chain::Opener;
@@ -159,8 +158,7 @@ impl Results<'_> {
             Err(error) => {
                 self.failed.fetch_add(1, Ordering::Relaxed);
                 print::complain(&format!("{}: failed: {error}", path.shown()));
-                let object = json!({"filename": path.to_string_lossy(), "error": error.to_string()});
-                is_json.then(|| shown::json(&object.to_string()).into_owned())
+                is_json.then(|| report::failed_as_json(path, error))
             }
             Ok(done) if is_json => {
                 Some(shown::json(&report::as_json(self.arguments, path, done).to_string()).into_owned())

@@ -109,10 +109,11 @@ fn run_one(
         (Err(error), Some(signal)) if error.kind() == ErrorKind::Cancelled => {
             let stopped = report::stopped(signal, progress, arguments.options.dry_run);
             print::complain(&format!("rebasefs: {stopped}: {error}"));
+            report::print_failed(arguments, image, &error);
             return Ok(stop::exit_code(signal).into());
         }
         (done, signal) => {
-            let done = done?;
+            let done = done.inspect_err(|error| report::print_failed(arguments, image, error))?;
             if let Some(signal) = signal.filter(|_| !arguments.quiet) {
                 print::complain(&format!("rebasefs: {} came too late: it is done", stop::name(signal)));
             }
@@ -162,6 +163,6 @@ fn beside<'a>(
     let new = chain.top().and_then(|top| opener.chain_below(&**top.file(), request.backing.as_ref()).ok());
     // A new chain that cannot be opened is reported by who rebases.
     let new = new.unwrap_or_default();
-    output::Output::new(file, chain.files().chain(new.files()).map(|file| file.identity()))
+    output::Output::or_standard(file, chain.files().chain(new.files()).map(|file| file.identity()))
         .doing(|| "writing the picture".to_owned())
 }

@@ -4,12 +4,15 @@ use std::io::IsTerminal;
 use std::path::Path;
 use std::time::Duration;
 
+use serde_json::json;
+
 use super::Arguments;
 use crate::chain::Chain;
 use crate::cli::options::Output;
 use crate::cli::{print, progress, size, stop};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::rebase::{Copied, Progress, Rehearsal, Report};
+use crate::shown;
 
 /// How far it came before this signal.
 pub(super) fn stopped(signal: i32, progress: &Progress, is_dry_run: bool) -> String {
@@ -53,6 +56,20 @@ pub(super) fn print(arguments: &Arguments, image: &Path, done: &Done) -> Result<
 /// Whether a person looks on, or wants to be told in any case (`-v`).
 fn is_watched() -> bool {
     std::io::stdout().is_terminal() || log::log_enabled!(log::Level::Info)
+}
+
+/// An image that has failed: an object as well where objects are wanted, the same as that of one of many.
+pub(super) fn print_failed(arguments: &Arguments, image: &Path, error: &Error) {
+    if arguments.output == Output::Json {
+        // The error itself is what counts.
+        let _ = print::print(&(failed_as_json(image, error) + "\n"));
+    }
+}
+
+/// The object of an image that has failed, on a line.
+pub(super) fn failed_as_json(image: &Path, error: &Error) -> String {
+    let object = json!({"filename": image.to_string_lossy(), "error": error.to_string()});
+    shown::json(&object.to_string()).into_owned()
 }
 
 pub(super) fn as_json(arguments: &Arguments, image: &Path, done: &Done) -> serde_json::Value {

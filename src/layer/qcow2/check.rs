@@ -37,6 +37,8 @@ pub struct CheckReport {
     pub compressed_clusters: u64,
     /// The first findings, a line each.
     pub messages: Vec<String>,
+    /// How many more there are.
+    pub unlisted: u64,
 }
 
 impl CheckReport {
@@ -56,8 +58,9 @@ impl CheckReport {
     }
 
     pub(super) fn message(&mut self, text: String) {
-        if self.messages.len() < MAX_MESSAGES {
-            self.messages.push(text);
+        match self.messages.len() < MAX_MESSAGES {
+            true => self.messages.push(text),
+            false => self.unlisted += 1,
         }
     }
 }
