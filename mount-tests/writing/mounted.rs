@@ -113,6 +113,28 @@ fn a_disk_that_may_grow_grows_by_zeros_whatever_lies_below() {
     }
 }
 
+/// The old backing file ends with the disk, the new one goes on, and nothing holds what was added.
+#[test]
+fn what_a_disk_has_grown_by_stays_zeros_on_a_longer_backing_file() {
+    for options in ["cluster_size=512", "cluster_size=64k", "cluster_size=16k,extended_l2=on"] {
+        let s = Scratch::new();
+        s.draw_raw("base.raw", CLUSTER, "11 11");
+        s.draw_raw("new.raw", CLUSTER, "11 22 33 44 55 66");
+        s.qemu_img(&format!("create -q -f qcow2 -o {options} -b base.raw -F raw cow.qcow2"));
+        s.qemu_img("snapshot -c one cow.qcow2");
+        let mut truth = s.guest_bytes("qcow2", "cow.qcow2");
+        let mounted = Mounted::with(&s, "cow.qcow2", "--rw --grow");
+        writable(&mounted.path("disk.raw")).set_len(5 * CLUSTER as u64).unwrap();
+        truth.resize(5 * CLUSTER, 0);
+        mounted.rebase("new.raw").unwrap();
+        mounted.unmount();
+        s.check_clean("cow.qcow2");
+        assert!(s.guest_bytes("qcow2", "cow.qcow2") == truth, "{options}");
+        s.qemu_img("snapshot -a one cow.qcow2");
+        assert!(s.guest_bytes("qcow2", "cow.qcow2") == truth[..2 * CLUSTER], "{options}");
+    }
+}
+
 #[test]
 fn the_image_is_locked_and_a_raw_one_is_refused() {
     let s = scratch();

@@ -60,7 +60,7 @@ impl Live {
 
 impl Qcow2 {
     /// The same view of a disk of so many bytes.
-    fn with_size(&self, virtual_size: u64) -> Self {
+    pub(super) fn with_size(&self, virtual_size: u64) -> Self {
         Self { virtual_size, ..self.clone() }
     }
 

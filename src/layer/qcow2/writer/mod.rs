@@ -301,9 +301,17 @@ impl Overlay for Writer {
 
     fn missing_at(&self, at: GuestOffset, length: u64) -> Result<Missing> {
         let mut answer = Missing { is_missing: false, length };
-        for view in self.views.iter().filter(|view| at.0 < view.virtual_size()) {
-            let limit = answer.length.min(view.virtual_size() - at.0);
-            let extent = view.extent_at(at, limit, Detail::Owner)?;
+        for (number, view) in self.views.iter().enumerate() {
+            // The disk may have grown since the writer was opened.
+            let size = self.staged.size(number);
+            if at.0 >= size {
+                continue;
+            }
+            let limit = answer.length.min(size - at.0);
+            let extent = match view.virtual_size() == size {
+                true => view.extent_at(at, limit, Detail::Owner)?,
+                false => view.with_size(size).extent_at(at, limit, Detail::Owner)?,
+            };
             answer.is_missing |= extent.kind == ExtentKind::NotMine;
             answer.length = extent.length;
         }

@@ -128,6 +128,11 @@ impl Staged {
         self.write().views[0].size = size;
     }
 
+    /// The virtual size of a view in bytes.
+    pub fn size(&self, view: usize) -> u64 {
+        self.read().views[view].size
+    }
+
     /// The largest virtual size of a view in bytes.
     pub fn end(&self) -> u64 {
         self.read().views.iter().map(|view| view.size).max().unwrap_or(0)
