@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, LazyLock};
 
 use libfuzzer_sys::fuzz_target;
-use memory_file::{MemoryFile, Operation};
+use memory_file::{Journal, MemoryFile, Operation};
 use rebasefs::chain::Chain;
 use rebasefs::layer::qcow2::check;
 use rebasefs::layer::qcow2::repair::{Repair, repair};
@@ -79,7 +79,9 @@ impl Case {
             repair(&image, Repair::All).ok()?;
             image = image::open(file, &data).expect("a repair leaves what can be opened");
         }
-        let old: Arc<dyn Layer> = Arc::new(Raw::open(Arc::new(MemoryFile::new(disk("11 -- 22 33 44 66")))));
+        // With a number of its own: it would be taken for a file of the overlay, and refused.
+        let old = MemoryFile::recorded(disk("11 -- 22 33 44 66"), 1, &Journal::default());
+        let old: Arc<dyn Layer> = Arc::new(Raw::open(Arc::new(old)));
         let old = image.backing().map_or_else(Chain::default, |_| Chain::new([old]));
         let mut case = Self {
             asked,
@@ -157,9 +159,7 @@ impl Case {
         let below = match named {
             _ if self.is(ask::UNSAFE) => Chain::default(),
             None => Chain::default(),
-            Some(name) if *name == NEW.as_os_str() => {
-                Chain::open(&*NEW).expect("it is there")
-            }
+            Some(name) if *name == NEW.as_os_str() => Chain::open(&*NEW).expect("it is there"),
             Some(_) => self.old.clone(),
         };
         let snapshots = image.snapshots().ok()?;
