@@ -30,9 +30,9 @@ const MAX_WAITING: usize = 64;
 /// Longer farewells are cut off, in bytes.
 const MAX_WORDS: u64 = 4096;
 /// How long a server waits for somebody who has connected and says nothing.
-const MOMENT: Duration = Duration::from_secs(1);
+const MOMENT: Duration = Duration::from_secs(10);
 /// How long a server may take to answer when it is asked.
-const ANSWER: Duration = Duration::from_secs(5);
+const ANSWER: Duration = Duration::from_secs(20);
 /// How often it is looked whether a server that does not answer can.
 const LOOK: Duration = Duration::from_millis(100);
 

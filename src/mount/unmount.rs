@@ -28,7 +28,7 @@ const ELSEWHERE: Duration = Duration::from_secs(30);
 /// Nor a program that unmounts.
 const PROGRAM: Duration = Duration::from_secs(30);
 /// How long a process may keep a control file open after its command was stopped.
-const TO_CLOSE: Duration = Duration::from_secs(5);
+const TO_CLOSE: Duration = Duration::from_secs(15);
 /// How often to look again.
 const LOOK: Duration = Duration::from_millis(10);
 
@@ -189,8 +189,12 @@ impl Found {
                     return Ok(());
                 }
                 Heard::Failed(words) => return Err(self.but(server, &format!("failed: {words}"))),
-                // It was never told that anybody waits, and has ended.
-                Heard::Gone if !promised && server.ends_within(Duration::ZERO) => return Ok(()),
+                // It was never told that anybody waits.
+                Heard::Gone if !promised => {
+                    if server.ends_within(LOOK) {
+                        return Ok(());
+                    }
+                }
                 Heard::Gone => {
                     let what = "ended without a word: what was written last may be lost";
                     return Err(self.but(server, what));
