@@ -64,11 +64,20 @@ fn a_line_in_backing_rebases_and_nothing_else_changes() {
 }
 
 #[test]
-fn an_empty_line_flattens() {
+fn the_word_flatten_flattens_and_an_empty_line_does_not() {
     let scratch = old_and_new();
     let mounted = Mounted::new(&scratch, "cow.qcow2");
     let before = mounted.bytes();
-    assert_eq!(mounted.shell("echo > ctl/backing"), (Some(0), String::new()));
+    let (code, said) = mounted.shell("NEW=; LC_ALL=C; echo $NEW > ctl/backing");
+    assert!(code == Some(1) && said.contains("Invalid argument"), "{said}");
+    assert!(mounted.status("error").contains("an empty line names no backing file"));
+    assert_eq!(mounted.says("backing"), "base.raw\n");
+    assert_eq!(mounted.shell("echo ./flatten > ctl/backing").0, Some(1));
+    assert!(mounted.status("error").contains("flatten: cannot open: No such file"));
+    std::fs::copy(scratch.path("new.raw"), scratch.path("flatten")).unwrap();
+    assert_eq!(mounted.shell("echo ./flatten > ctl/backing").0, Some(0));
+    assert_eq!(mounted.says("backing"), "./flatten\n");
+    assert_eq!(mounted.shell("echo flatten > ctl/backing"), (Some(0), String::new()));
     assert_eq!((mounted.bytes(), mounted.says("backing")), (before.clone(), String::new()));
     assert_eq!(mounted.says("chain").lines().count(), 1);
     mounted.unmount();
@@ -127,7 +136,10 @@ fn a_line_may_be_written_with_every_usual_tool() {
     {
         assert_eq!(mounted.shell(way), (Some(0), String::new()), "{way}");
         assert_eq!(mounted.says("backing"), "new.raw\n", "{way}");
-        assert_eq!(mounted.shell(&format!("echo {} > ctl/backing", ["base.raw", ""][number % 2])).0, Some(0));
+        assert_eq!(
+            mounted.shell(&format!("echo {} > ctl/backing", ["base.raw", "flatten"][number % 2])).0,
+            Some(0)
+        );
     }
     assert_eq!(mounted.bytes(), before);
 }
@@ -418,7 +430,7 @@ fn no_reader_ever_sees_another_byte() {
                 }
             });
         }
-        for name in ["new.raw", "base.raw", ""] {
+        for name in ["new.raw", "base.raw", "flatten"] {
             mounted.rebase(name).unwrap();
         }
         is_over.store(true, std::sync::atomic::Ordering::Relaxed);

@@ -46,4 +46,5 @@ mod traced;
 mod tree;
 mod typing;
 mod umount;
+mod walked;
 mod writing;

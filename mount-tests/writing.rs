@@ -3,6 +3,7 @@
 
 mod crash;
 mod device;
+mod emptied;
 mod kinds;
 mod mounted;
 mod stress;

@@ -8,14 +8,16 @@ use std::time::SystemTime;
 
 use fuser::{
     BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
-    InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags, PollEvents, PollFlags, PollNotifier,
-    RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl,
-    ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, PollEvents, PollFlags,
+    PollNotifier, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry,
+    ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow,
+    WriteFlags,
 };
 
 use super::attributes::Attributes;
 use super::control::{Waker, Writer};
 use super::flat::Seek;
+use super::settings::Settings;
 use super::tree::Inode;
 use super::view::{Child, Pages, View};
 use super::writing::Space;
@@ -66,7 +68,7 @@ impl Adapter {
             size: shown.size,
             blocks: shown.blocks,
             atime: owner.modified,
-            mtime: modified,
+            mtime: shown.dated.unwrap_or(modified),
             ctime: modified,
             crtime: owner.modified,
             kind: file_type(shown.is_directory),
@@ -84,7 +86,9 @@ impl Adapter {
 impl Filesystem for Adapter {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
         // Each is a wish; what the kernel does not offer, it goes without.
-        for wish in [InitFlags::FUSE_PARALLEL_DIROPS, InitFlags::FUSE_ASYNC_DIO] {
+        for wish in
+            [InitFlags::FUSE_PARALLEL_DIROPS, InitFlags::FUSE_ASYNC_DIO, InitFlags::FUSE_EXPORT_SUPPORT]
+        {
             let _ = config.add_capabilities(wish);
         }
         let _ = config.set_max_write(MAX_REQUEST);
@@ -111,34 +115,46 @@ impl Filesystem for Adapter {
 
     fn setattr(
         &self,
-        _: &Request,
+        request: &Request,
         ino: INodeNo,
         mode: Option<u32>,
-        uid: Option<u32>,
-        gid: Option<u32>,
+        user: Option<u32>,
+        group: Option<u32>,
         size: Option<u64>,
-        _: Option<TimeOrNow>,
-        _: Option<TimeOrNow>,
+        accessed: Option<TimeOrNow>,
+        modified: Option<TimeOrNow>,
         _: Option<SystemTime>,
-        _: Option<FileHandle>,
+        handle: Option<FileHandle>,
         _: Option<SystemTime>,
         _: Option<SystemTime>,
         _: Option<SystemTime>,
         _: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        let (None, None, None, Some(size)) = (mode, uid, gid, size) else {
-            return reply.error(Errno::EPERM);
+        let time = |time| match time {
+            TimeOrNow::SpecificTime(time) => time,
+            TimeOrNow::Now => SystemTime::now(),
         };
-        match self.0.resize(inode(ino), size) {
+        let settings = Settings {
+            mode,
+            user,
+            group,
+            size,
+            modified: modified.map(time),
+            sets_access_time: accessed.is_some(),
+            handle: handle.map(|handle| handle.0),
+            thread: request.pid(),
+        };
+        match self.0.set_attributes(inode(ino), &settings) {
             Ok(a) => reply.attr(&a.valid, &self.attr(&a)),
             Err(e) => reply.error(errno(&e)),
         }
     }
 
-    fn open(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        match self.0.open(inode(ino)) {
-            Ok((handle, pages)) => reply.opened(FileHandle(handle), flags(pages)),
+    fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let writer = (flags.acc_mode() != OpenAccMode::O_RDONLY).then(|| request.pid());
+        match self.0.open(inode(ino), writer) {
+            Ok((handle, pages)) => reply.opened(FileHandle(handle), open_flags(pages)),
             Err(e) => reply.error(errno(&e)),
         }
     }
@@ -170,7 +186,7 @@ impl Filesystem for Adapter {
         handle: FileHandle,
         offset: u64,
         data: &[u8],
-        _: WriteFlags,
+        flags: WriteFlags,
         _: OpenFlags,
         owner: Option<LockOwner>,
         reply: ReplyWrite,
@@ -180,7 +196,8 @@ impl Filesystem for Adapter {
             Err(code) => reply.error(Errno::from_i32(code)),
         };
         let writer = Writer { thread: request.pid(), files: owner.map(|owner| owner.0) };
-        self.0.write((inode(ino), handle.0), offset, data, writer, answer);
+        let is_late = flags.contains(WriteFlags::FUSE_WRITE_CACHE);
+        self.0.write((inode(ino), handle.0), offset, data, (writer, is_late), answer);
     }
 
     fn flush(&self, request: &Request, _: INodeNo, handle: FileHandle, owner: LockOwner, reply: ReplyEmpty) {
@@ -250,8 +267,10 @@ impl Filesystem for Adapter {
     }
 
     fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
-        let blocks = self.0.disk_size().div_ceil(u64::from(BLOCK));
-        reply.statfs(blocks, 0, 0, 0, 0, BLOCK, 255, BLOCK);
+        let blocks = |bytes: u64| bytes.div_ceil(u64::from(BLOCK));
+        let all = blocks(self.0.disk_size());
+        let free = all.saturating_sub(blocks(self.0.allocated_bytes()));
+        reply.statfs(all, free, free, 0, 0, BLOCK, 255, BLOCK);
     }
 
     fn lseek(&self, _: &Request, ino: INodeNo, handle: FileHandle, offset: i64, how: i32, reply: ReplyLseek) {
@@ -362,8 +381,9 @@ impl Filesystem for Adapter {
     }
 }
 
-fn flags(pages: Pages) -> FopenFlags {
+fn open_flags(pages: Pages) -> FopenFlags {
     match pages {
+        Pages::KeptAndFlushed => FopenFlags::FOPEN_KEEP_CACHE,
         Pages::Kept => FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH,
         Pages::None => FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES,
     }

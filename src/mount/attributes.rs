@@ -1,6 +1,6 @@
 //! What `stat` shows of the files in the tree, and how long the kernel may believe it.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use super::flat::Allocated;
 use super::times::Moved;
@@ -21,6 +21,8 @@ pub(super) struct Attributes {
     pub(super) links: u32,
     /// When what it shows may have changed last.
     pub(super) moved: Moved,
+    /// When somebody says that it was modified, if somebody has and it still holds.
+    pub(super) dated: Option<SystemTime>,
     /// How long the attributes hold.
     pub(super) valid: Duration,
     /// How long the name leads to this inode.
@@ -39,6 +41,7 @@ impl Attributes {
             // As btrfs has it: nobody counts what lies in it.
             links: 1,
             moved: Moved::default(),
+            dated: None,
             valid: FOREVER,
             name_valid: FOREVER,
         }
@@ -58,6 +61,7 @@ impl Attributes {
             permissions: 0o444,
             links: 1,
             moved: Moved::default(),
+            dated: None,
             valid,
             // After a rebase it may lead to another one.
             name_valid: Duration::ZERO,

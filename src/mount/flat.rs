@@ -33,20 +33,33 @@ pub(super) struct Flat {
     chain: Chain,
     start: u64,
     length: u64,
-    count: Mutex<Count>,
-    counted: Condvar,
+    data: Counter,
+    /// Of a text about the chain.
+    text: Counter,
     /// How often the bytes have changed.
     changes: AtomicU64,
     /// Nobody wants its block count any more; it shall not keep files open for that.
     is_dropped: AtomicBool,
 }
 
-#[derive(Clone, Copy, Debug)]
+/// Finds out how long a text about a chain is, in bytes. `None` if that fails, or if somebody says that
+/// it may stop.
+pub(super) type Measure = fn(&Chain, &AtomicBool) -> Option<u64>;
+
+/// Something that is counted in the background.
+#[derive(Debug, Default)]
+struct Counter {
+    count: Mutex<Count>,
+    counted: Condvar,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
 enum Count {
+    #[default]
     NotAsked,
     UnderWay,
-    /// When so many changes had been made.
-    Known(Allocated, u64),
+    /// When so many changes had been made; `None` if it could not be counted.
+    Known(Option<u64>, u64),
 }
 
 /// A run of bytes that are all data or all hole.
@@ -65,10 +78,9 @@ impl Flat {
 
     /// So many bytes of a chain from `start` on, all of which it has.
     pub(super) fn part(chain: Chain, start: u64, length: u64) -> Self {
-        let (count, counted, is_dropped) =
-            (Mutex::new(Count::NotAsked), Condvar::new(), AtomicBool::new(false));
-        let changes = AtomicU64::new(0);
-        Self { chain, start, length, count, counted, changes, is_dropped }
+        let (data, text) = (Counter::default(), Counter::default());
+        let (changes, is_dropped) = (AtomicU64::new(0), AtomicBool::new(false));
+        Self { chain, start, length, data, text, changes, is_dropped }
     }
 
     pub(super) fn chain(&self) -> &Chain {
@@ -108,13 +120,36 @@ impl Flat {
     /// How many bytes are data: counted in the background, once unless they change, for which `held` is kept. Whoever
     /// asks waits so long; a count that takes longer is given with the next answer.
     pub(super) fn allocated(self: &Arc<Self>, held: impl Send + 'static, patience: Duration) -> Allocated {
-        self.start_counting(held);
-        let count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
-        let waited =
-            self.counted.wait_timeout_while(count, patience, |count| matches!(count, Count::UnderWay));
+        match self.count(|flat| &flat.data, Self::count_data, held, patience) {
+            Some(bytes) => Allocated::Exactly(bytes),
+            None => Allocated::AtMost(self.length),
+        }
+    }
+
+    /// The same of a text about the chain, in bytes.
+    pub(super) fn text_length(
+        self: &Arc<Self>,
+        measure: Measure,
+        held: impl Send + 'static,
+        patience: Duration,
+    ) -> Option<u64> {
+        self.count(|flat| &flat.text, move |flat| measure(&flat.chain, &flat.is_dropped), held, patience)
+    }
+
+    fn count(
+        self: &Arc<Self>,
+        counter: fn(&Self) -> &Counter,
+        count: impl FnOnce(&Self) -> Option<u64> + Send + 'static,
+        held: impl Send + 'static,
+        patience: Duration,
+    ) -> Option<u64> {
+        self.start_counting(counter, count, held);
+        let Counter { count, counted } = counter(self);
+        let count = count.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = counted.wait_timeout_while(count, patience, |count| matches!(count, Count::UnderWay));
         match *waited.unwrap_or_else(PoisonError::into_inner).0 {
-            Count::Known(allocated, _) => allocated,
-            Count::NotAsked | Count::UnderWay => self.upper_bound(),
+            Count::Known(found, _) => found,
+            Count::NotAsked | Count::UnderWay => None,
         }
     }
 
@@ -138,48 +173,47 @@ impl Flat {
         })
     }
 
-    fn start_counting(self: &Arc<Self>, held: impl Send + 'static) {
-        let mut count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
+    fn start_counting(
+        self: &Arc<Self>,
+        counter: fn(&Self) -> &Counter,
+        count: impl FnOnce(&Self) -> Option<u64> + Send + 'static,
+        held: impl Send + 'static,
+    ) {
+        let mut state = counter(self).count.lock().unwrap_or_else(PoisonError::into_inner);
         let changes = self.changes.load(Ordering::Acquire);
-        match *count {
+        match *state {
             Count::NotAsked => {}
             Count::Known(_, before) if before != changes => {}
             Count::UnderWay | Count::Known(..) => return,
         }
         let flat = self.clone();
-        let counter = move || {
-            flat.finish_counting(flat.count_data(), changes);
+        let work = move || {
+            let found = count(&flat);
+            let Counter { count, counted } = counter(&flat);
+            *count.lock().unwrap_or_else(PoisonError::into_inner) = Count::Known(found, changes);
+            counted.notify_all();
             drop(flat);
             drop(held);
         };
-        match thread::Builder::new().name("block count".into()).spawn(counter) {
-            Ok(_) => *count = Count::UnderWay,
+        match thread::Builder::new().name("block count".into()).spawn(work) {
+            Ok(_) => *state = Count::UnderWay,
             Err(e) => log::warn!("cannot start a thread to count blocks: {e}"),
         }
     }
 
-    fn count_data(&self) -> Allocated {
+    fn count_data(&self) -> Option<u64> {
         let mut bytes = 0;
         for run in self.runs(0) {
             match run {
-                _ if self.is_dropped.load(Ordering::Relaxed) => return self.upper_bound(),
+                _ if self.is_dropped.load(Ordering::Relaxed) => return None,
                 Ok(run) => bytes += if run.is_data { run.length } else { 0 },
                 Err(e) => {
                     log::error!("cannot count the blocks of the disk: {e}");
-                    return self.upper_bound();
+                    return None;
                 }
             }
         }
-        Allocated::Exactly(bytes)
-    }
-
-    fn finish_counting(&self, allocated: Allocated, changes: u64) {
-        *self.count.lock().unwrap_or_else(PoisonError::into_inner) = Count::Known(allocated, changes);
-        self.counted.notify_all();
-    }
-
-    fn upper_bound(&self) -> Allocated {
-        Allocated::AtMost(self.length)
+        Some(bytes)
     }
 }
 

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::thread;
 use std::time::Duration;
 
-use super::flat::{Allocated, Flat, Seek};
+use super::flat::{Allocated, Flat, Measure, Seek};
 use super::partitions::Partition;
 use super::parts::{Folder, Part, Parts};
 use super::times::Times;
@@ -156,6 +156,13 @@ impl Image {
     pub(super) fn allocated(&self) -> Allocated {
         let moment = self.moment();
         moment.disk.allocated(moment.clone(), PATIENCE)
+    }
+
+    /// How long a text about the chain is, in bytes, which `measure` finds out in the background, once as
+    /// long as the chain is the same. `None` if that takes long.
+    pub(super) fn text_length(&self, measure: Measure) -> Option<u64> {
+        let moment = self.moment();
+        moment.disk.text_length(measure, moment.clone(), PATIENCE)
     }
 
     /// Another number for each chain that there was.

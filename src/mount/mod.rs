@@ -19,6 +19,7 @@ mod partitions;
 mod parts;
 mod point;
 mod session;
+mod settings;
 mod snapshots;
 mod times;
 mod tree;

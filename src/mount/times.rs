@@ -20,6 +20,8 @@ struct Known {
     exchanged: Moved,
     /// There are other layers below the image.
     rebased: Moved,
+    /// Somebody has said when the disk was modified (`touch`), and it holds until the disk moves.
+    said: Option<(SystemTime, Moved)>,
 }
 
 /// When something has happened last.
@@ -63,6 +65,20 @@ impl Times {
     pub(super) fn of_disk(&self) -> Moved {
         let known = self.known();
         known.written.max(known.exchanged)
+    }
+
+    /// Somebody says when the disk was modified. That he does is a change, too.
+    pub(super) fn say(&self, time: SystemTime) {
+        let mut known = self.known();
+        known.written = known.written.max(known.exchanged).now();
+        known.said = Some((time, known.written));
+    }
+
+    /// The time of modification that was said of the disk, if nothing has changed since.
+    pub(super) fn said_of_disk(&self) -> Option<SystemTime> {
+        let known = self.known();
+        let is_still_so = |(_, since): &(SystemTime, Moved)| *since == known.written.max(known.exchanged);
+        known.said.filter(is_still_so).map(|(time, _)| time)
     }
 
     /// Of the internal snapshots, to which no guest writes.

@@ -6,9 +6,9 @@ use super::parts::{Folder, Part};
 /// The number by which the kernel names a node.
 ///
 /// The low half says which node it is: a kind, and a number among its kind. The high half is its
-/// *incarnation*. Of a control file: a writer that waits for its rebase holds the kernel's lock on
-/// the inode, and the next who opens the file shall not queue up behind it, but be told at once that
-/// it is busy. Of a layer: after a rebase there are other bytes behind the same name, and whoever has
+/// *incarnation*. Of a control file that can be written: a writer that waits for its rebase holds the
+/// kernel's lock on the inode, and the next who opens the file shall not queue up behind it, but be told at
+/// once that it is busy; each opening for writing begins another one. Of a layer: after a rebase there are other bytes behind the same name, and whoever has
 /// the file open goes on reading what it opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Inode(pub(super) u64);
@@ -48,10 +48,6 @@ impl ControlFile {
     pub(super) fn is_writable(self) -> bool {
         matches!(self, Self::Backing | Self::Cancel | Self::Difference | Self::Rebase)
     }
-
-    pub(super) fn is_readable(self) -> bool {
-        !matches!(self, Self::Cancel)
-    }
 }
 
 /// What can be in the root; partitions are not, if the disk has none.
@@ -63,8 +59,11 @@ const ROOT: [(&str, Node); 5] = [
     ("snapshots", Node::Directory(Directory::Parts(Folder::Snapshots))),
 ];
 
+/// How many files are in `ctl/`.
+pub(super) const CONTROL_FILES: usize = 9;
+
 /// What is in `ctl/`.
-const CONTROL: [(&str, Node); 9] = [
+const CONTROL: [(&str, Node); CONTROL_FILES] = [
     ("backing", Node::Control(ControlFile::Backing)),
     ("cancel", Node::Control(ControlFile::Cancel)),
     ("chain", Node::Control(ControlFile::Chain)),
@@ -129,7 +128,10 @@ impl Node {
             Self::Part(Part::Snapshot(n)) => (3, n),
             Self::Part(Part::Partition(n)) => (4, n),
         };
-        let has_incarnations = matches!(self, Self::Control(_) | Self::Part(Part::Layer(_)));
+        let has_incarnations = match self {
+            Self::Control(file) => file.is_writable(),
+            _ => matches!(self, Self::Part(Part::Layer(_))),
+        };
         let high = u64::from(if has_incarnations { incarnation } else { 0 });
         Inode(high << 32 | u64::from(kind << NUMBER_BITS | number))
     }
@@ -156,6 +158,8 @@ mod tests {
         assert_eq!((Node::Disk.inode(9), Node::Part(Part::Layer(0)).inode(9)), (Inode::DISK, Inode::DISK));
         let backing = Node::Control(ControlFile::Backing);
         assert_ne!(backing.inode(7), backing.inode(8));
+        let status = Node::Control(ControlFile::Status);
+        assert_eq!(status.inode(7), status.inode(8));
         assert_ne!(Node::Part(Part::Layer(1)).inode(7), Node::Part(Part::Layer(1)).inode(8));
         assert_eq!(Node::Part(Part::Snapshot(1)).inode(7), Node::Part(Part::Snapshot(1)).inode(8));
     }

@@ -3,7 +3,8 @@
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::os::unix::ffi::OsStrExt;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -12,14 +13,15 @@ use super::control::{Answer, Control, Opened, Waker, Writer};
 use super::flat::{Allocated, Flat, Seek};
 use super::image::Image;
 use super::parts::{Folder, Part};
+use super::settings::{DiskOpening, is_for_reading};
 use super::times::Moved;
-use super::tree::{ControlFile, Directory, Inode, Node};
+use super::tree::{CONTROL_FILES, ControlFile, Directory, Inode, Node};
 use super::writing::{Writing, write_error};
 use crate::error::{Error, ErrorKind, Result};
 
-/// The size shown for control files that can be written. The kernel lets several processes write
-/// at the same time only below the end of a file, and a second writer shall not queue up, but be
-/// told that the first is at work. `sysfs` shows this size too.
+/// The size shown for control files while somebody has them open for writing. The kernel lets several
+/// processes write at the same time only below the end of a file, and a second writer shall not queue
+/// up, but be told that the first is at work. `sysfs` shows this size too.
 const PAGE: u64 = 4096;
 
 /// What does not change of the files in the tree.
@@ -36,6 +38,8 @@ pub(super) struct Ownership {
 pub(super) enum Pages {
     /// Keep them from one opening to the next.
     Kept,
+    /// The same, and each closing comes to us.
+    KeptAndFlushed,
     /// Have none: each read and write comes to us.
     None,
 }
@@ -53,8 +57,11 @@ const ENTRIES: usize = 512;
 
 /// What is behind a handle.
 #[derive(Clone)]
-enum Open {
-    Control(Arc<Mutex<Opened>>),
+pub(super) enum Open {
+    /// A control file, and its inode if it was opened for writing.
+    Control(Arc<Mutex<Opened>>, Option<Inode>),
+    /// The disk, for writing.
+    Disk(Arc<DiskOpening>),
     /// A layer, its inode, and when it may have changed before it was opened.
     Layer(Inode, Arc<Flat>, Moved),
 }
@@ -62,12 +69,14 @@ enum Open {
 /// The mounted view.
 pub(super) struct View {
     pub(super) image: Arc<Image>,
-    control: Arc<Control>,
+    pub(super) control: Arc<Control>,
     ownership: Ownership,
-    writing: Writing,
-    /// The open files by handle. The disk and what changes with it needs none and has 0.
-    open: Mutex<HashMap<u64, Open>>,
+    pub(super) writing: Writing,
+    /// The open files by handle. Who only reads the disk and what changes with it needs none and has 0.
+    pub(super) open: Mutex<HashMap<u64, Open>>,
     next_handle: AtomicU64,
+    /// The incarnation of each control file, by its place in the enumeration.
+    incarnations: [AtomicU32; CONTROL_FILES],
 }
 
 impl View {
@@ -78,7 +87,8 @@ impl View {
         writing: Writing,
     ) -> Self {
         let (open, next_handle) = (Mutex::default(), AtomicU64::new(1));
-        Self { image, control, ownership, writing, open, next_handle }
+        let incarnations = Default::default();
+        Self { image, control, ownership, writing, open, next_handle, incarnations }
     }
 
     pub(super) fn ownership(&self) -> Ownership {
@@ -90,7 +100,20 @@ impl View {
         self.image.size()
     }
 
+    /// How many bytes of the disk take space, or may do so.
+    pub(super) fn allocated_bytes(&self) -> u64 {
+        match self.image.allocated() {
+            Allocated::Exactly(bytes) | Allocated::AtMost(bytes) => bytes,
+        }
+    }
+
     pub(super) fn lookup(&self, parent: Inode, name: &OsStr) -> Result<Attributes> {
+        // Asked for by those who have a handle (`open_by_handle_at`) and no name.
+        match name.as_bytes() {
+            b"." => return self.attributes_if_there(parent),
+            b".." => return directory(parent).and_then(|_| self.attributes(Inode::ROOT)),
+            _ => {}
+        }
         // All names are UTF-8.
         let name = name.to_str().ok_or_else(no_such_file)?;
         let directory = directory(parent)?;
@@ -104,6 +127,19 @@ impl View {
             (None, _) => None,
         };
         self.attributes(self.inode(found.ok_or_else(no_such_file)?))
+    }
+
+    /// The attributes of a file that the kernel has forgotten, and that may be gone.
+    fn attributes_if_there(&self, inode: Inode) -> Result<Attributes> {
+        match inode.node().ok_or_else(no_such_file)? {
+            node @ Node::Directory(_) if !self.is_there(node) => Err(no_such_file()),
+            Node::Part(part @ Part::Layer(_))
+                if inode.incarnation() != self.image.number() && self.past_layer(inode, part).is_none() =>
+            {
+                Err(no_such_file())
+            }
+            _ => self.attributes(inode),
+        }
     }
 
     /// Whether there is anything behind a name that is always the same: a disk may have no partitions.
@@ -121,8 +157,13 @@ impl View {
     fn inode(&self, node: Node) -> Inode {
         node.inode(match node {
             Node::Part(_) => self.image.number(),
-            _ => self.control.incarnation(),
+            Node::Control(file) => self.incarnation(file).load(Ordering::Acquire),
+            Node::Directory(_) | Node::Disk => 0,
         })
+    }
+
+    fn incarnation(&self, file: ControlFile) -> &AtomicU32 {
+        &self.incarnations[file as usize]
     }
 
     pub(super) fn attributes(&self, inode: Inode) -> Result<Attributes> {
@@ -135,11 +176,13 @@ impl View {
     }
 
     fn attributes_of_disk(&self, inode: Inode) -> Attributes {
-        let layer_0_is_the_same_file = 2;
+        // Layer 0 is the same file. `cp -a` removes a file with several names before it writes.
+        let names = if self.writing == Writing::Refused { 2 } else { 1 };
         let shown = Attributes::of_data(inode, self.image.size(), self.image.allocated());
         let permissions = if self.writing == Writing::Refused { 0o444 } else { 0o644 };
-        let (links, moved) = (layer_0_is_the_same_file, self.image.times().of_disk());
-        Attributes { links, moved, permissions, name_valid: FOREVER, ..shown }
+        let (links, times) = (names, self.image.times());
+        let (moved, dated) = (times.of_disk(), times.said_of_disk());
+        Attributes { links, moved, dated, permissions, name_valid: FOREVER, ..shown }
     }
 
     fn attributes_of_part(&self, inode: Inode, part: Part) -> Result<Attributes> {
@@ -174,29 +217,30 @@ impl View {
     }
 
     fn attributes_of_control(&self, inode: Inode, file: ControlFile) -> Attributes {
-        let readable = if file.is_readable() { 0o444 } else { 0 };
         // A dry run and a comparison need no image that can be written.
         let may_only_look = matches!(file, ControlFile::Difference | ControlFile::Rebase);
         let is_writable = file.is_writable() && (self.control.is_writable() || may_only_look);
-        let size = match file {
-            // `cat` into a file lets the kernel copy, and that copies no more than the size.
-            ControlFile::Difference | ControlFile::Rebase => self.control.found_bytes(file).max(PAGE),
-            _ if file.is_writable() => PAGE,
-            _ => 0,
-        };
+        let size = self.control.size(file);
+        let size = if self.is_open_for_writing(inode) { size.max(PAGE) } else { size };
         Attributes {
             inode,
             is_directory: false,
             size,
             blocks: size.div_ceil(512),
-            permissions: readable | if is_writable { 0o200 } else { 0 },
+            permissions: if is_writable { 0o644 } else { 0o444 },
             links: 1,
             moved: self.control.moved(file),
+            dated: None,
             // It says something else without being told to.
             valid: Duration::ZERO,
-            // The name leads to another incarnation as soon as a job runs.
+            // The name leads to another incarnation as soon as somebody writes.
             name_valid: Duration::ZERO,
         }
+    }
+
+    fn is_open_for_writing(&self, inode: Inode) -> bool {
+        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        open.values().any(|open| matches!(open, Open::Control(_, Some(other)) if *other == inode))
     }
 
     /// Some of what lies in a directory, itself and its parent included, without those that come
@@ -224,16 +268,35 @@ impl View {
         Ok(always.into_iter().skip(skip).chain(parts).collect())
     }
 
-    /// Opens a file; the handle is for the calls that follow.
-    pub(super) fn open(&self, inode: Inode) -> Result<(u64, Pages)> {
-        let (open, pages) = match inode.node().ok_or_else(no_such_file)? {
+    /// Opens a file, for writing too if `writer` is the thread that wants to; the handle is for the
+    /// calls that follow.
+    pub(super) fn open(&self, inode: Inode, writer: Option<u32>) -> Result<(u64, Pages)> {
+        let node = inode.node().ok_or_else(no_such_file)?;
+        // The kernel lets root open everything.
+        let is_writable = match node {
+            Node::Directory(_) => true,
+            Node::Disk => self.writing != Writing::Refused,
+            Node::Control(file) => file.is_writable(),
+            Node::Part(_) => false,
+        };
+        if writer.is_some() && !is_writable {
+            return Err(is_for_reading());
+        }
+        let (open, pages) = match node {
             Node::Directory(_) => return Err(Error::new(ErrorKind::IsDirectory, "a directory")),
             // The kernel does not know that what is written to the disk is in a partition too.
             Node::Part(Part::Partition(_)) if self.writing != Writing::Refused => {
                 return Ok((0, Pages::None));
             }
+            Node::Disk if writer.is_some() => {
+                let opening = DiskOpening::new(writer.unwrap_or_default());
+                (Open::Disk(Arc::new(opening)), Pages::KeptAndFlushed)
+            }
             Node::Disk | Node::Part(Part::Snapshot(_) | Part::Partition(_)) => return Ok((0, Pages::Kept)),
-            Node::Control(file) => (Open::Control(Arc::new(Mutex::new(Opened::new(file)))), Pages::None),
+            Node::Control(file) => {
+                let opened = Arc::new(Mutex::new(Opened::new(file)));
+                (Open::Control(opened, writer.map(|_| inode)), Pages::None)
+            }
             Node::Part(part @ Part::Layer(_)) => {
                 let moved = self.image.times().of_layers();
                 let (flat, moved) = match self.past_layer(inode, part) {
@@ -248,12 +311,17 @@ impl View {
         };
         let handle = self.next_handle.fetch_add(1, Ordering::Relaxed);
         self.open.lock().unwrap_or_else(PoisonError::into_inner).insert(handle, open);
+        if let (Node::Control(file), Some(_), mine) = (node, writer, inode.incarnation()) {
+            // Another one who opened the same has begun the next already.
+            let next = mine.wrapping_add(1);
+            let _ = self.incarnation(file).compare_exchange(mine, next, Ordering::AcqRel, Ordering::Acquire);
+        }
         Ok((handle, pages))
     }
 
     pub(super) fn release(&self, handle: u64) {
         let closed = self.open.lock().unwrap_or_else(PoisonError::into_inner).remove(&handle);
-        if let Some(Open::Control(_)) = closed {
+        if let Some(Open::Control(..)) = closed {
             self.control.release(handle);
         }
     }
@@ -281,7 +349,8 @@ impl View {
         }
         match self.opened(handle)? {
             Open::Layer(_, flat, _) => flat.read(offset, buffer).map_err(|e| data_error(&e)),
-            Open::Control(opened) => {
+            Open::Disk(_) => Err(is_for_reading()),
+            Open::Control(opened, _) => {
                 let mut opened = opened.lock().unwrap_or_else(PoisonError::into_inner);
                 self.control.read(&mut opened, offset, buffer).inspect_err(|e| log::error!("{e}"))
             }
@@ -295,12 +364,17 @@ impl View {
         (inode, handle): (Inode, u64),
         offset: u64,
         bytes: &[u8],
-        writer: Writer,
+        (writer, is_late): (Writer, bool),
         answer: impl FnOnce(Result<usize, i32>) + Send + 'static,
     ) {
         if inode == Inode::DISK {
+            // Pages that the kernel writes late come by any opening.
+            let opening = if is_late { None } else { self.opened_disk(handle) };
             return self.when_disk_moves(bytes, move |image, bytes| {
-                answer(image.write(offset, bytes).map_err(|e| write_error(e).errno()));
+                let end = offset.saturating_add(bytes.len() as u64);
+                let reached = opening.map_or(Ok(()), |opening| opening.reach(image, offset, end));
+                let written = reached.and_then(|()| image.write(offset, bytes));
+                answer(written.map_err(|e| write_error(e).errno()));
             });
         }
         let length = bytes.len();
@@ -316,6 +390,9 @@ impl View {
 
     /// Takes the closing of a file, of which there may be several for one opening.
     pub(super) fn flush(&self, handle: u64, writer: Writer, answer: Answer) {
+        if let Some(opening) = self.opened_disk(handle) {
+            return self.forget_zeroed(opening, answer);
+        }
         match self.opened_control(handle) {
             // Nothing to do for other files.
             Err(_) => answer(Ok(())),
@@ -323,27 +400,6 @@ impl View {
                 let mut opened = opened.lock().unwrap_or_else(PoisonError::into_inner);
                 self.control.flush(&mut opened, writer, answer);
             }
-        }
-    }
-
-    /// Lets a file have so many bytes: a control file none, which shells want before they write to it
-    /// and which means nothing here; the disk more than it has, if it may grow.
-    pub(super) fn resize(&self, inode: Inode, size: u64) -> Result<Attributes> {
-        match inode.node() {
-            Some(Node::Control(file)) if file.is_writable() && size == 0 => self.attributes(inode),
-            Some(Node::Disk) if self.writing != Writing::Refused && size == self.image.size() => {
-                self.attributes(inode)
-            }
-            Some(Node::Disk) if self.writing == Writing::BytesAndSize && size > self.image.size() => {
-                self.image.grow(size).inspect_err(|e| log::error!("growing the disk: {e}"))?;
-                self.attributes(inode)
-            }
-            Some(Node::Disk) if self.writing != Writing::Refused => {
-                let what = "the disk keeps its size; with --grow it can become larger";
-                Err(Error::new(ErrorKind::NotPermitted, what))
-            }
-            Some(Node::Control(_)) if size != 0 => Err(Error::new(ErrorKind::NotPermitted, "not a size")),
-            _ => Err(Error::new(ErrorKind::PermissionDenied, "this file is for reading")),
         }
     }
 
@@ -356,13 +412,21 @@ impl View {
             }
             _ => match self.opened(handle)? {
                 Open::Layer(_, flat, _) => flat.seek(offset, goal),
-                Open::Control(_) => {
+                Open::Control(..) | Open::Disk(_) => {
                     let size = self.attributes(inode)?.size;
                     return Ok((offset < size).then_some(if goal == Seek::Data { offset } else { size }));
                 }
             },
         };
         found.map_err(|e| data_error(&e))
+    }
+
+    /// The opening of the disk for writing that has this handle.
+    pub(super) fn opened_disk(&self, handle: u64) -> Option<Arc<DiskOpening>> {
+        match self.opened(handle) {
+            Ok(Open::Disk(opening)) => Some(opening),
+            _ => None,
+        }
     }
 
     fn opened(&self, handle: u64) -> Result<Open> {
@@ -372,8 +436,8 @@ impl View {
 
     fn opened_control(&self, handle: u64) -> Result<Arc<Mutex<Opened>>> {
         match self.opened(handle)? {
-            Open::Control(opened) => Ok(opened),
-            Open::Layer(..) => Err(Error::new(ErrorKind::PermissionDenied, "this file is for reading")),
+            Open::Control(opened, _) => Ok(opened),
+            Open::Layer(..) | Open::Disk(_) => Err(is_for_reading()),
         }
     }
 }

@@ -8,6 +8,7 @@ use std::thread;
 
 use super::control::Answer;
 use super::image::Image;
+use super::settings::DiskOpening;
 use super::tree::Inode;
 use super::view::{View, data_error};
 use crate::chain::{Chain, Opener};
@@ -138,6 +139,22 @@ impl View {
         if let Err(e) = waiting {
             // The answer has gone with the closure; fuser gives EIO in its place.
             log::error!("cannot start a thread to write: {e}");
+        }
+    }
+
+    /// Lets the kernel forget its pages of what an opening has zeroed. In a thread of its own: the kernel waits
+    /// for pages that are being read.
+    pub(super) fn forget_zeroed(&self, opening: Arc<DiskOpening>, answer: Answer) {
+        let Some(cached) = opening.cached() else { return answer(Ok(())) };
+        let control = self.control.clone();
+        let forget = move || {
+            control.forget_pages();
+            opening.forgot(cached);
+            answer(Ok(()));
+        };
+        if let Err(e) = thread::Builder::new().name("forget".into()).spawn(forget) {
+            // The answer has gone with the closure; fuser gives EIO in its place.
+            log::error!("cannot start a thread to drop what is cached: {e}");
         }
     }
 

@@ -84,17 +84,24 @@ pub(super) enum Task {
 }
 
 impl Command {
-    /// What a line in `ctl/backing` asks for: a safe rebase onto the file that it names, an empty
-    /// one a flattening. Spaces belong to the name.
+    /// What a line in `ctl/backing` asks for: a safe rebase onto the file that it names, or, if it is the
+    /// word `flatten`, onto none. Spaces belong to the name. An empty line is most often a variable
+    /// of the shell that has no value.
     pub(super) fn backing(line: Vec<u8>) -> Result<Self> {
         refuse_stray_bytes(&line, "the name")?;
-        Self::new(Task::Rebase, Options::onto(OsString::from_vec(line)))
+        match &line[..] {
+            b"" => Err(Error::invalid("an empty line names no backing file")
+                .hint("`echo flatten > ctl/backing` is a rebase onto none")),
+            b"flatten" => Self::new(Task::Rebase, Options::onto(OsString::new())),
+            _ => Self::new(Task::Rebase, Options::onto(OsString::from_vec(line))),
+        }
     }
 
     /// What a line in `ctl/difference` asks for: a comparison with the file that it names, an empty one
     /// with none. Spaces belong to the name.
     pub(super) fn difference(line: Vec<u8>) -> Result<Self> {
-        Ok(Self { task: Task::Compare, ..Self::backing(line)? })
+        refuse_stray_bytes(&line, "the name")?;
+        Self::new(Task::Compare, Options::onto(OsString::from_vec(line)))
     }
 
     /// What a line in `ctl/rebase` asks for: the options of `rebasefs rebase`, as a shell splits
@@ -173,10 +180,14 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_line_flattens_but_nothing_at_all_does_nothing() {
+    fn a_word_flattens_an_empty_line_is_refused_and_nothing_at_all_does_nothing() {
         let mut line = Line::default();
+        assert_eq!(named(b"flatten"), None);
+        assert_eq!(named(b"./flatten"), Some("./flatten".into()));
+        assert_eq!(named(b"flatten "), Some("flatten ".into()));
         assert_eq!(line.push(b"\n").unwrap(), Some(Vec::new()));
-        assert_eq!(named(b""), None);
+        let refused = Command::backing(Vec::new()).unwrap_err();
+        assert_eq!(refused.kind(), crate::error::ErrorKind::InvalidArgument);
         assert_eq!(line.push(b"").unwrap(), None);
         assert_eq!(line.finish(), None);
     }

@@ -3,7 +3,6 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::thread;
 
 use super::{Answer, Bytes, Command, Control, Done, Outcome, Running, State, Task, Writer, report};
@@ -57,7 +56,6 @@ impl Control {
             Ok(worker) => {
                 state.running = Some(running);
                 state.worker = Some(worker);
-                self.jobs.fetch_add(1, Ordering::AcqRel);
                 state.changes.add();
             }
             Err(e) => {

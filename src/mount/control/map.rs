@@ -1,8 +1,28 @@
 //! `ctl/map`: the map of the chain as JSON, made as it is read. Keeps no more of it than one read wants,
 //! since the map of a large disk in many pieces is larger than memory should be.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use crate::chain::{Chain, MapEntry};
 use crate::error::Result;
+
+/// How long the text is, in bytes; `None` if the map cannot be read, or when `stop` says so.
+pub(super) fn length(chain: &Chain, stop: &AtomicBool) -> Option<u64> {
+    let (mut entries, mut bytes) = (0, 0);
+    for entry in chain.map(0, u64::MAX) {
+        if stop.load(Ordering::Relaxed) {
+            return None;
+        }
+        entries += 1;
+        bytes += entry.ok()?.as_json().len() as u64;
+    }
+    if entries == 0 {
+        (entries, bytes) = (1, MapEntry::default().as_json().len() as u64);
+    }
+    // Brackets, a newline at the end, and what divides the entries.
+    let between = 2 * (entries - 1);
+    Some(bytes + between + 3)
+}
 
 /// A reader's place in the text.
 #[derive(Debug, Default)]
@@ -96,6 +116,8 @@ mod tests {
         (0..1000).for_each(|n| file.write_all_at(&[7], n * 16384).unwrap());
         let chain = Opener::new().chain(&path, None, Access::ReadOnly).unwrap();
         let text = read_all(&chain, 1 << 20);
+        assert_eq!(length(&chain, &AtomicBool::new(false)), Some(text.len() as u64));
+        assert_eq!(length(&chain, &AtomicBool::new(true)), None);
         assert!(text.starts_with("[{ \"start\": 0") && text.ends_with("}]\n") && text.lines().count() > 1900);
         assert_eq!(read_all(&chain, 4096), text);
         assert_eq!(read_all(&chain, 77), text);
@@ -112,6 +134,7 @@ mod tests {
     #[test]
     fn an_empty_map_has_one_entry() {
         let text = read_all(&Chain::default(), 4096);
+        assert_eq!(length(&Chain::default(), &AtomicBool::new(false)), Some(text.len() as u64));
         assert!(text.starts_with("[{ \"start\": 0, \"length\": 0,") && text.ends_with("}]\n"), "{text}");
     }
 }

@@ -9,10 +9,10 @@ mod command;
 mod job;
 mod map;
 mod report;
+mod told;
 mod words;
 mod writer;
 
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 
@@ -28,6 +28,7 @@ pub(super) use changes::Waker;
 pub use command::in_words;
 use command::{Command, Line, Task};
 use map::MapText;
+use told::Told;
 pub(super) use writer::Writer;
 
 /// Gets what comes of a write: nothing, or an errno, the words to which are in `ctl/status`. May
@@ -43,9 +44,7 @@ pub(super) struct Control {
     mounted: OnceLock<Mounted>,
     state: Mutex<State>,
     backing_files: Arc<BackingFiles>,
-    /// How many jobs there have been: the incarnation of the control files, see
-    /// [`Inode`](super::tree::Inode).
-    jobs: AtomicU32,
+    told: Mutex<Told>,
 }
 
 /// What is known only when the mount stands.
@@ -125,11 +124,21 @@ pub(super) struct Opened {
     map: MapText,
     /// The last change of the state that was read of, if anything was read.
     seen: Option<u64>,
+    /// The last text whose size somebody was told before it was read here.
+    told: u64,
 }
 
 impl Opened {
     pub(super) fn new(file: ControlFile) -> Self {
-        Self { file, line: Line::default(), writer: None, text: None, map: MapText::default(), seen: None }
+        Self {
+            file,
+            line: Line::default(),
+            writer: None,
+            text: None,
+            map: MapText::default(),
+            seen: None,
+            told: 0,
+        }
     }
 
     /// What a line that was written to it asks for.
@@ -151,7 +160,7 @@ impl Control {
             mounted: OnceLock::new(),
             state: Mutex::default(),
             backing_files: Arc::default(),
-            jobs: AtomicU32::new(0),
+            told: Mutex::default(),
         }
     }
 
@@ -175,14 +184,17 @@ impl Control {
         worker.map(JoinHandle::join);
     }
 
+    /// Lets the kernel forget what it has cached of the disk, which is another one where nobody wrote
+    /// through the kernel. Not to be called by a thread that serves.
+    pub(super) fn forget_pages(&self) {
+        if let Some(mounted) = self.mounted.get() {
+            (mounted.replaced)(Bytes::Others);
+        }
+    }
+
     /// Whether the image can be written.
     pub(super) fn is_writable(&self) -> bool {
         self.read_only.is_none()
-    }
-
-    /// Another number for each job that has begun.
-    pub(super) fn incarnation(&self) -> u32 {
-        self.jobs.load(Ordering::Acquire)
     }
 
     /// Fills `buffer` from `offset` on with what the file says; from its beginning, with what it
@@ -193,8 +205,9 @@ impl Control {
             return self.image.with_chain(|chain| map.read(chain, offset, buffer));
         }
         if offset == 0 {
-            opened.text = None;
-            opened.seen = Some(self.state().changes.number());
+            let change = self.state().changes.number();
+            opened.seen = Some(change);
+            opened.text = self.told().text(opened.file, change, &mut opened.told);
         }
         let text = match &mut opened.text {
             Some(text) => text,
@@ -248,9 +261,21 @@ impl Control {
         self.backing_files.look(self.image.watch())
     }
 
-    /// How many bytes there are to read of what was asked for in `ctl/difference` or `ctl/rebase`.
-    pub(super) fn found_bytes(&self, file: ControlFile) -> u64 {
-        self.found(file).len() as u64
+    /// How many bytes there are to read from a file now; what is read next is as long as this. 0 where
+    /// that takes long to find out, as `/proc` has it, and where it cannot be read.
+    pub(super) fn size(&self, file: ControlFile) -> u64 {
+        if file == ControlFile::Map {
+            return self.image.text_length(map::length).unwrap_or(0);
+        }
+        let change = self.state().changes.number();
+        let Ok(text) = self.text(file) else { return 0 };
+        let size = text.len() as u64;
+        self.told().tell(file, change, text);
+        size
+    }
+
+    fn told(&self) -> MutexGuard<'_, Told> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn found(&self, file: ControlFile) -> Arc<[u8]> {

@@ -205,7 +205,8 @@ mod tests {
         );
         running.progress.cancel();
         assert!(text(Some(&running), None).starts_with("state: stopping\n"));
-        let done = Outcome { asked: Some(job("").into()), result: Ok(Done::Rebased(Report::default())) };
+        let done =
+            Outcome { asked: Some(job("flatten").into()), result: Ok(Done::Rebased(Report::default())) };
         assert!(text(None, Some(&done)).contains("state: done\nbacking:\nrequest: flatten\nphase: done\n"));
     }
 
