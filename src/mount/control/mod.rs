@@ -211,7 +211,11 @@ impl Control {
         }
         let text = match &mut opened.text {
             Some(text) => text,
-            none => none.insert(self.text(opened.file)?),
+            none => {
+                let (text, change) = self.text(opened.file)?;
+                opened.seen = Some(change);
+                none.insert(text)
+            }
         };
         let start = usize::try_from(offset).map_or(text.len(), |offset| offset.min(text.len()));
         let length = buffer.len().min(text.len() - start);
@@ -219,9 +223,11 @@ impl Control {
         Ok(length)
     }
 
-    fn text(&self, file: ControlFile) -> Result<Vec<u8>> {
+    /// What a file says, and the change of the state that it tells of.
+    fn text(&self, file: ControlFile) -> Result<(Vec<u8>, u64)> {
+        let mut change = self.state().changes.number();
         let chain = self.image.chain();
-        Ok(match file {
+        let text = match file {
             ControlFile::Backing => report::backing(&chain),
             ControlFile::Chain => report::chain(&chain),
             ControlFile::Info => report::info(&chain)?,
@@ -229,6 +235,8 @@ impl Control {
             ControlFile::Status => {
                 let changes = self.look_at_backing_files();
                 let state = self.state();
+                // Who has read of a change is not woken for it.
+                change = state.changes.number();
                 let mut status = report::status(
                     &chain,
                     &changes,
@@ -242,7 +250,8 @@ impl Control {
             }
             ControlFile::Difference | ControlFile::Rebase => self.found(file).to_vec(),
             ControlFile::Cancel | ControlFile::Map => Vec::new(),
-        })
+        };
+        Ok((text, change))
     }
 
     /// Whether there is anything to read that was not read yet. If not, `waker` is called when there is.
@@ -267,8 +276,7 @@ impl Control {
         if file == ControlFile::Map {
             return self.image.text_length(map::length).unwrap_or(0);
         }
-        let change = self.state().changes.number();
-        let Ok(text) = self.text(file) else { return 0 };
+        let Ok((text, change)) = self.text(file) else { return 0 };
         let size = text.len() as u64;
         self.told().tell(file, change, text);
         size
