@@ -309,7 +309,8 @@ fn a_full_disk_is_an_error_and_with_space_the_rebase_completes() {
         let checked = s.run("qemu-img", "check fs/cow.qcow2").code;
         assert!(matches!(checked, Some(0 | 3)), "{checked:?}");
         assert!(s.guest_bytes("qcow2", "fs/cow.qcow2") == truth);
-        if free < 300 << 10 {
+        // What was copied is kept; the last time it is gone on from.
+        if free < 340 << 10 {
             s.write("fs/cow.qcow2", &fresh);
         }
     }

@@ -41,6 +41,7 @@ mod room;
 mod scratch;
 mod shown;
 mod system;
+mod tables;
 mod terminal;
 mod traced;
 mod tree;

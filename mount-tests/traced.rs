@@ -58,10 +58,10 @@ fn attach(arguments: &[String], process: u32) {
     });
 }
 
-/// rebasefs, whose `number`th call of `system_call` fails with `error` without being made.
+/// rebasefs, whose calls of `system_call` fail with `error` from the `number`th on, without being made.
 pub fn failing(directory: &Path, line: &str, system_call: &str, number: usize, error: &str) -> Command {
     let mut command = on_one_processor();
-    let strace = injecting(system_call, &format!("error={error}:when={number}"));
+    let strace = injecting(system_call, &format!("error={error}:when={number}+"));
     command.arg("strace").args(strace).arg(rebasefs()).args(line.split_whitespace()).current_dir(directory);
     command
 }

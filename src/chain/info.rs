@@ -168,7 +168,7 @@ impl ImageInfo {
     pub fn of(layer: &dyn Layer) -> Result<Self> {
         let file = FileInfo::of(&**layer.file())?;
         let image = layer.as_qcow2();
-        let snapshots = image.map(Qcow2::snapshots).transpose()?.unwrap_or_default();
+        let snapshots = image.map(Qcow2::listed_snapshots).transpose()?.unwrap_or_default();
         let full = |backing| name::full(layer.file().path(), backing);
         Ok(Self {
             backing_filename_format: layer.backing().and_then(|backing| backing.format.clone()),

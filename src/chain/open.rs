@@ -56,6 +56,8 @@ pub struct Opener {
     locking: bool,
     /// Whether raw files may be written by others meanwhile.
     looks_at_raw: bool,
+    /// Whether an L1 table may leave its file: nobody reads by it.
+    forgives_l1: bool,
     /// Whether the name of the first image of a chain must agree with its content.
     believes_names: bool,
     /// Files on this device are refused: they lie inside our own mount.
@@ -147,6 +149,7 @@ impl Opener {
             guess: Guess::default(),
             locking: true,
             looks_at_raw: false,
+            forgives_l1: false,
             believes_names: false,
             forbidden_device: None,
             tables: TableCache::new(),
@@ -172,6 +175,12 @@ impl Opener {
     #[must_use]
     pub(crate) fn look_at_raw(self) -> Self {
         Self { looks_at_raw: true, ..self }
+    }
+
+    /// Opens images also where the L1 table leaves the file, to describe or to check them.
+    #[must_use]
+    pub(crate) fn forgive_l1(self) -> Self {
+        Self { forgives_l1: true, ..self }
     }
 
     /// Refuses to recognise the first image of a chain where its name promises another format than its
@@ -428,7 +437,8 @@ impl Opener {
                     None => None,
                     Some(reference) => Some(self.open_data_file((&**file, directory), &reference, cache)?),
                 };
-                Ok(Arc::new(Qcow2::open(file.clone(), data_file, preamble, self.tables.clone())?))
+                let open = if self.forgives_l1 { Qcow2::open_to_look } else { Qcow2::open };
+                Ok(Arc::new(open(file.clone(), data_file, preamble, self.tables.clone())?))
             }
         }
     }

@@ -89,7 +89,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
     arguments.refused.check()?;
     let format = options::format(arguments.format.as_deref())?;
     let access = if arguments.repair.is_some() { Access::ReadWrite } else { Access::ReadOnly };
-    let opener = arguments.opening.opener().caching(arguments.cache, arguments.cache);
+    let opener = arguments.opening.opener().forgive_l1().caching(arguments.cache, arguments.cache);
     if arguments.repair.is_some() && !opener.takes_locks() {
         let error = Error::invalid("--force-share cannot repair: it opens images beside those who write");
         return Err(error.hint("leave out `-U`"));

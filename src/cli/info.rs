@@ -57,7 +57,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<ExitCode> {
 
 impl Arguments {
     fn look(&self) -> Result<Vec<ImageInfo>> {
-        let opener = self.opening.opener().look_at_raw();
+        let opener = self.opening.opener().look_at_raw().forgive_l1();
         let format = options::format(self.format.as_deref())?;
         if self.backing_chain {
             let chain = opener.chain(&self.file, format, Access::ReadOnly)?;

@@ -117,6 +117,8 @@ pub mod field {
     pub const L1_TABLE: u64 = 36;
     /// Refcount table offset and clusters: 12 bytes.
     pub const REFCOUNT_TABLE: u64 = 48;
+    /// Snapshot count and offset of the snapshot table: 12 bytes.
+    pub const SNAPSHOTS: u64 = 60;
     /// Incompatible feature bits.
     pub const INCOMPATIBLE: u64 = 72;
     /// Autoclear feature bits.

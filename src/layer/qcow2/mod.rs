@@ -61,7 +61,7 @@ use self::entry::{Cluster, L2Entry, SUBCLUSTERS, Standard, State};
 use self::extension::kind;
 use self::header::{autoclear, incompatible};
 use self::l1::L1Table;
-use self::snapshot::SnapshotTable;
+use self::snapshot::{Fault, SnapshotTable};
 use self::table::{L2Slice, SLICE_BYTES, TableCache};
 use self::writer::Staged;
 use super::{Compressed, Detail, Extent, ExtentKind, Format, GuestOffset, Layer, Reference};
@@ -102,6 +102,32 @@ impl Qcow2 {
     ) -> Result<Self> {
         let header = &preamble.header;
         let l1 = L1Table::read(&*file, header.l1_offset, header.l1_entries).path(file.path())?;
+        Self::with_l1(l1, file, data_file, preamble, cache)
+    }
+
+    /// The same to be looked at, and not to be read: what its L1 table has past the end of the file is empty.
+    ///
+    /// # Errors
+    /// The L1 table cannot be read.
+    pub(crate) fn open_to_look(
+        file: Arc<dyn HostFile>,
+        data_file: Option<Arc<dyn HostFile>>,
+        preamble: Preamble,
+        cache: Arc<TableCache>,
+    ) -> Result<Self> {
+        let header = &preamble.header;
+        let l1 = L1Table::read_cut(&*file, header.l1_offset, header.l1_entries).path(file.path())?;
+        Self::with_l1(l1, file, data_file, preamble, cache)
+    }
+
+    fn with_l1(
+        l1: L1Table,
+        file: Arc<dyn HostFile>,
+        data_file: Option<Arc<dyn HostFile>>,
+        preamble: Preamble,
+        cache: Arc<TableCache>,
+    ) -> Result<Self> {
+        let header = &preamble.header;
         let data_file = data_file.unwrap_or_else(|| file.clone());
         Ok(Self {
             is_sparse: is_sparse(&*data_file, header.cluster_size())?,
@@ -149,7 +175,20 @@ impl Qcow2 {
     /// # Errors
     /// The snapshot table cannot be read, or breaks the rules of the format.
     pub fn snapshots(&self) -> Result<Vec<Snapshot>> {
-        SnapshotTable::read(&*self.file, self.header()).map(|table| table.snapshots)
+        SnapshotTable::read(&*self.file, self.header())
+    }
+
+    /// The same for who only lists them: whether their disks can be read does not matter.
+    ///
+    /// # Errors
+    /// The snapshot table cannot be read, or claims more than it may.
+    pub(crate) fn listed_snapshots(&self) -> Result<Vec<Snapshot>> {
+        let entries = SnapshotTable::read_as_it_is(&*self.file, self.header())?.entries;
+        let listed = entries.into_iter().map(|entry| match entry.fault {
+            Some(fault @ Fault::TooMuchExtra(_)) => Err(fault.into()),
+            _ => Ok(entry.snapshot),
+        });
+        listed.collect::<Result<_>>().path(self.file.path()).doing(|| "reading the snapshot table".to_owned())
     }
 
     /// The persistent bitmaps, none if they are not consistent with the image.

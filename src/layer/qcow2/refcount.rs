@@ -153,6 +153,12 @@ impl Refcounts {
         HostOffset(self.pristine_from << self.cluster_bits)
     }
 
+    /// The same behind all that was ever in use: also where refcounts may be wrong, nothing lies there.
+    pub fn allocate_at_end(&mut self, clusters: u64) -> Result<HostOffset> {
+        self.first_free = self.pristine_from;
+        self.allocate_together(clusters)
+    }
+
     /// Takes `clusters` free clusters that follow each other.
     pub fn allocate_together(&mut self, clusters: u64) -> Result<HostOffset> {
         let mut too_short = Vec::new();

@@ -16,7 +16,7 @@ use super::entry::{COMPRESSED, COPIED, Cluster, L1_RESERVED, L2_RESERVED, L2Entr
 use super::extension::kind;
 use super::header::{Header, autoclear};
 use super::l1::L1Table;
-use super::snapshot::SnapshotTable;
+use super::snapshot::{Fault, Snapshot, SnapshotTable};
 use super::stored::StoredRefcounts;
 use super::table::read_words;
 use super::{Layer, Qcow2};
@@ -268,7 +268,7 @@ impl<'a> Walk<'a> {
         if self.header.snapshot_count == 0 {
             return Ok(());
         }
-        let table = match SnapshotTable::read(self.file, self.header) {
+        let table = match SnapshotTable::read_as_it_is(self.file, self.header) {
             Ok(table) => table,
             Err(e) => {
                 self.lose(1, format!("ERROR {e}"));
@@ -278,13 +278,41 @@ impl<'a> Walk<'a> {
         self.add("snapshot table", self.header.snapshots_offset, table.bytes, 1);
         // Snapshots that share an L1 table, which no writer makes, must not cost its length each.
         let mut tables: BTreeMap<(u64, u32), u64> = BTreeMap::new();
-        for snapshot in &table.snapshots {
-            *tables.entry((snapshot.l1_offset, snapshot.l1_entries)).or_default() += 1;
+        for (number, entry) in table.entries.into_iter().enumerate() {
+            if entry.is_incomplete {
+                self.object(1, format!("ERROR snapshot table entry {number} is incomplete"));
+            }
+            if self.can_follow(number, entry.fault) {
+                let Snapshot { l1_offset, l1_entries, .. } = entry.snapshot;
+                *tables.entry((l1_offset, l1_entries)).or_default() += 1;
+            }
         }
         for ((offset, entries), by_all) in tables {
             self.l1_table("L1 table of a snapshot", offset, entries, Uses { by_all, ..Uses::default() })?;
         }
         Ok(())
+    }
+
+    /// Whether the L1 table of a snapshot can be looked at, with this fault of its entry. With any fault it is
+    /// not known what is in use.
+    fn can_follow(&mut self, number: usize, fault: Option<Fault>) -> bool {
+        self.found.is_incomplete |= fault.is_some();
+        match fault {
+            None => true,
+            Some(Fault::Misplaced(e)) => {
+                self.object(1, format!("ERROR snapshot table entry {number}: {e}"));
+                false
+            }
+            Some(Fault::TooMuchExtra(e)) => {
+                self.report.check_error(1, format!("ERROR snapshot table entry {number}: {e}"));
+                true
+            }
+            // That the table leaves the file was counted with it.
+            Some(Fault::Cut(e) | Fault::Short(e)) => {
+                self.report.message(format!("Snapshot table entry {number}: {e}"));
+                true
+            }
+        }
     }
 
     fn l2_table(&mut self, offset: u64, uses: Uses) -> Result<()> {

@@ -8,6 +8,8 @@ use crate::file::{HostFile, HostOffset};
 
 const FIXED_LENGTH: usize = 40;
 const MAX_EXTRA_BYTES: u32 = 1024;
+/// Of these, an image of version 3 has the size of the machine state and that of the disk.
+const NEEDED_EXTRA_BYTES: u32 = 16;
 const MAX_TABLE_BYTES: u64 = 64 << 20;
 const MAX_L1_BYTES: u64 = 32 << 20;
 
@@ -38,23 +40,71 @@ pub struct Snapshot {
 }
 
 /// The snapshot table as read.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub struct SnapshotTable {
     /// In the order of the table.
-    pub snapshots: Vec<Snapshot>,
+    pub entries: Vec<Entry>,
     /// Bytes that the table takes in the file.
     pub bytes: u64,
 }
 
+/// An entry of the table, whatever is wrong with it.
+#[derive(Debug)]
+pub struct Entry {
+    /// What it says.
+    pub snapshot: Snapshot,
+    /// Why its disk cannot be read.
+    pub fault: Option<Fault>,
+    /// The entry as it is to be written: with the extra data that has to be there, and with no more than is
+    /// known. `None` for one that says nothing at all.
+    pub mended: Option<Vec<u8>>,
+    /// Whether that is something else than what is there.
+    pub is_to_be_mended: bool,
+    /// In an image of version 3, whether it lacks extra data that has to be there.
+    pub is_incomplete: bool,
+}
+
+/// What is wrong with an entry.
+#[derive(Debug)]
+pub enum Fault {
+    /// It claims more extra data than there may be.
+    TooMuchExtra(Error),
+    /// A part of it lies past the end of the file.
+    Cut(Error),
+    /// Its L1 table cannot lie where it says.
+    Misplaced(Error),
+    /// Its L1 table is too small for its disk.
+    Short(Error),
+}
+
+impl From<Fault> for Error {
+    fn from(fault: Fault) -> Self {
+        match fault {
+            Fault::TooMuchExtra(e) | Fault::Cut(e) | Fault::Misplaced(e) | Fault::Short(e) => e,
+        }
+    }
+}
+
 impl SnapshotTable {
-    /// Reads the table that the header names.
-    pub fn read(file: &dyn HostFile, header: &Header) -> Result<Self> {
+    /// Reads the table that the header names, all entries of which must be sound.
+    pub fn read(file: &dyn HostFile, header: &Header) -> Result<Vec<Snapshot>> {
+        let entries = Self::read_as_it_is(file, header)?.entries.into_iter().enumerate();
+        let sound = |(number, entry): (usize, Entry)| match entry.fault {
+            None => Ok(entry.snapshot),
+            Some(fault) => {
+                Err(Error::from(fault).path(file.path()).doing(format!("reading snapshot {number}")))
+            }
+        };
+        entries.map(sound).collect()
+    }
+
+    /// Reads the table, whatever is wrong with its entries: what lies past the end of the file is zeros.
+    pub fn read_as_it_is(file: &dyn HostFile, header: &Header) -> Result<Self> {
         let mut table = Self::default();
-        for number in 0..header.snapshot_count {
-            let at = header.snapshots_offset + table.bytes;
-            let (snapshot, length) = read_one(file, header, at)
-                .map_err(|e| e.path(file.path()).offset(at).doing(format!("reading snapshot {number}")))?;
-            table.snapshots.push(snapshot);
+        for _ in 0..header.snapshot_count {
+            let at = header.snapshots_offset.saturating_add(table.bytes);
+            let (entry, length) = read_one(file, header, at).map_err(|e| e.path(file.path()))?;
+            table.entries.push(entry);
             table.bytes += length;
             if table.bytes > MAX_TABLE_BYTES {
                 return Err(Error::corrupt("the snapshot table is too large").path(file.path()).offset(at));
@@ -64,25 +114,18 @@ impl SnapshotTable {
     }
 }
 
-fn read_one(file: &dyn HostFile, header: &Header, at: u64) -> Result<(Snapshot, u64)> {
-    if at + FIXED_LENGTH as u64 > file.size() {
-        return Err(Error::corrupt("the snapshot table leaves the file"));
-    }
+fn read_one(file: &dyn HostFile, header: &Header, at: u64) -> Result<(Entry, u64)> {
     let mut fixed = [0; FIXED_LENGTH];
     file.read_at(HostOffset(at), &mut fixed)?;
     let u16_at = |i: usize| u16::from_be_bytes([fixed[i], fixed[i + 1]]);
-    let extra_length = u32_of(&fixed, 36);
-    if extra_length > MAX_EXTRA_BYTES {
-        return Err(Error::corrupt(format!("the snapshot has {extra_length} bytes of extra data")));
-    }
+    let extra_bytes = u32_of(&fixed, 36);
     let (id_length, name_length) = (usize::from(u16_at(12)), usize::from(u16_at(14)));
-    let mut variable = vec![0; extra_length as usize + id_length + name_length];
-    if at + (FIXED_LENGTH + variable.len()) as u64 > file.size() {
-        return Err(Error::corrupt("the snapshot table leaves the file"));
-    }
-    file.read_at(HostOffset(at + FIXED_LENGTH as u64), &mut variable)?;
-    let (extra, names) = variable.split_at(extra_length as usize);
-    let extra_u64 = |i: usize| (extra.len() >= i + 8).then(|| u64_of(extra, i));
+    let mut extra = vec![0; extra_bytes.min(MAX_EXTRA_BYTES) as usize];
+    let mut names = vec![0; id_length + name_length];
+    let names_at = at.saturating_add(FIXED_LENGTH as u64 + u64::from(extra_bytes));
+    file.read_at(HostOffset(at + FIXED_LENGTH as u64), &mut extra)?;
+    file.read_at(HostOffset(names_at), &mut names)?;
+    let extra_u64 = |i: usize| (extra.len() >= i + 8).then(|| u64_of(&extra, i));
     let snapshot = Snapshot {
         l1_offset: u64_of(&fixed, 0),
         l1_entries: u32_of(&fixed, 8),
@@ -95,16 +138,49 @@ fn read_one(file: &dyn HostFile, header: &Header, at: u64) -> Result<(Snapshot, 
         disk_size: extra_u64(8).unwrap_or(header.size),
         icount: extra_u64(16).filter(|&count| count != u64::MAX),
     };
-    header.validate_table(
-        "snapshot's L1 table",
-        snapshot.l1_offset,
-        u64::from(snapshot.l1_entries) * 8,
-        MAX_L1_BYTES,
-    )?;
-    if u64::from(snapshot.l1_entries) < snapshot.disk_size.div_ceil(header.l2_coverage()) {
-        return Err(Error::corrupt("the snapshot's L1 table is too small for its disk size"));
+    let end = names_at.saturating_add(names.len() as u64);
+    let fault = fault_of(&snapshot, header, (at, end, extra_bytes), file.size());
+    let is_incomplete = header.version >= 3 && extra_bytes < NEEDED_EXTRA_BYTES;
+    let is_nothing = fixed == [0; FIXED_LENGTH];
+    let has_right_extra = extra_bytes <= MAX_EXTRA_BYTES && !is_incomplete;
+    if !has_right_extra {
+        extra = known_extra(&snapshot);
+        fixed[36..].copy_from_slice(&(extra.len() as u32).to_be_bytes());
     }
-    Ok((snapshot, ((FIXED_LENGTH + variable.len()) as u64).next_multiple_of(8)))
+    let mut mended = [&fixed[..], &extra, &names].concat();
+    mended.resize(mended.len().next_multiple_of(8), 0);
+    let is_to_be_mended = is_nothing || !has_right_extra;
+    let mended = (!is_nothing).then_some(mended);
+    let entry = Entry { snapshot, fault, mended, is_to_be_mended, is_incomplete };
+    Ok((entry, (end - at).next_multiple_of(8)))
+}
+
+/// The extra data that QEMU knows: size of the machine state, size of the disk, instruction count.
+fn known_extra(snapshot: &Snapshot) -> Vec<u8> {
+    let words = [snapshot.vm_state_size, snapshot.disk_size, snapshot.icount.unwrap_or(u64::MAX)];
+    words.iter().flat_map(|word| word.to_be_bytes()).collect()
+}
+
+fn fault_of(
+    snapshot: &Snapshot,
+    header: &Header,
+    (at, end, extra_bytes): (u64, u64, u32),
+    size: u64,
+) -> Option<Fault> {
+    let bytes = u64::from(snapshot.l1_entries) * 8;
+    if let Err(e) = header.validate_table("snapshot's L1 table", snapshot.l1_offset, bytes, MAX_L1_BYTES) {
+        return Some(Fault::Misplaced(e));
+    }
+    if extra_bytes > MAX_EXTRA_BYTES {
+        let what = format!("the snapshot has {extra_bytes} bytes of extra data");
+        return Some(Fault::TooMuchExtra(Error::corrupt(what).offset(at)));
+    }
+    if end > size {
+        return Some(Fault::Cut(Error::corrupt("the snapshot table leaves the file").offset(at)));
+    }
+    let is_short = u64::from(snapshot.l1_entries) < snapshot.disk_size.div_ceil(header.l2_coverage());
+    let what = "the snapshot's L1 table is too small for its disk size";
+    is_short.then(|| Fault::Short(Error::corrupt(what).offset(at)))
 }
 
 fn u32_of(bytes: &[u8], at: usize) -> u32 {

@@ -7,7 +7,9 @@
 //! ```
 //!
 //! or, where the refcount structures themselves are damaged, new ones at the end of the file in the
-//! place of the first two steps. A pointer is never changed: what is wrong with the tables stays,
+//! place of the first two steps. Before all that, entries that set a place aside for zeros where no cluster
+//! begins lose that place, and a snapshot table with entries that claim too much or too little is written
+//! anew elsewhere. No other pointer is ever changed: what is wrong with the tables stays,
 //! and is said. While a pointer cannot be followed nothing is freed either, because what seems to
 //! be leaked may be what it led to.
 //!
@@ -15,6 +17,8 @@
 
 mod flags;
 mod rebuild;
+mod snapshots;
+mod zeros;
 
 use std::collections::BTreeSet;
 
@@ -90,6 +94,30 @@ pub(crate) fn recover(image: &Qcow2) -> Result<Qcow2> {
 
 fn repair_unnamed(image: &Qcow2, what: Repair) -> Result<Repaired> {
     let first = examine(image)?;
+    let found = first.report.clone();
+    match what == Repair::All && mend_tables(image, &first)? {
+        true => {
+            let image = image.reopen()?;
+            settle(&image, &examine(&image)?, found, what)
+        }
+        false => settle(image, &first, found, what),
+    }
+}
+
+/// Mends what can be mended of the tables themselves; whether anything was.
+fn mend_tables(image: &Qcow2, first: &Examination) -> Result<bool> {
+    if first.report.is_sound() || first.has_damage() {
+        return Ok(false);
+    }
+    let are_zeros_mended = zeros::mend(image, &first.references)?;
+    if first.report.corruptions + first.report.check_errors > 0 && !first.low.is_empty() {
+        adjust(image, first, &first.low, u64::max)?;
+    }
+    Ok(snapshots::mend(image)? || are_zeros_mended)
+}
+
+/// Lets refcounts and flags say again what the tables say.
+fn settle(image: &Qcow2, first: &Examination, found: CheckReport, what: Repair) -> Result<Repaired> {
     let mut notes = Vec::new();
     let has_refcount_errors = !first.low.is_empty() || !first.high.is_empty();
     let left = match what {
@@ -99,7 +127,7 @@ fn repair_unnamed(image: &Qcow2, what: Repair) -> Result<Repaired> {
         }
         _ => {
             clear_unknown_autoclear_bits(image)?;
-            settle_refcounts(image, &first, what, &mut notes)?;
+            settle_refcounts(image, first, what, &mut notes)?;
             let image = image.reopen()?;
             flags::mend(&image, &examine(&image)?.references, what)?;
             examine(&image)?.report
@@ -110,7 +138,7 @@ fn repair_unnamed(image: &Qcow2, what: Repair) -> Result<Repaired> {
     } else if what == Repair::All {
         notes.push("What is wrong with the tables themselves cannot be repaired.".to_owned());
     }
-    Ok(Repaired { found: first.report, left, notes })
+    Ok(Repaired { found, left, notes })
 }
 
 impl Examination {
