@@ -52,24 +52,39 @@ struct State {
     room: Option<u64>,
 }
 
+/// What is done, once, when these bytes are about to be written; nothing is locked meanwhile.
+type Hook = Option<(Vec<u8>, Box<dyn FnOnce() + Send>)>;
+
 /// The file. Its clones are the same file.
 #[derive(Clone, Debug)]
-pub struct MemoryFile(Arc<Mutex<State>>);
+pub struct MemoryFile(Arc<Mutex<State>>, Arc<Hooked>);
+
+#[derive(Default)]
+struct Hooked(Mutex<Hook>);
+
+impl std::fmt::Debug for Hooked {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Hooked")
+    }
+}
 
 impl MemoryFile {
     pub fn new(bytes: Vec<u8>) -> Self {
-        Self(Arc::new(Mutex::new(State { bytes, ..State::default() })))
+        Self(Arc::new(Mutex::new(State { bytes, ..State::default() })), Arc::default())
     }
 
     /// One of several files, with this number. What is done to it is recorded in `journal` too.
     pub fn recorded(bytes: Vec<u8>, number: usize, journal: &Journal) -> Self {
         let journal = Some((number, journal.clone()));
-        Self(Arc::new(Mutex::new(State { bytes, journal, ..State::default() })))
+        Self(Arc::new(Mutex::new(State { bytes, journal, ..State::default() })), Arc::default())
     }
 
     /// Lets the operation with that number fail, and all after it.
     pub fn failing_from(bytes: Vec<u8>, number: usize, kind: ErrorKind) -> Self {
-        Self(Arc::new(Mutex::new(State { bytes, fails_from: Some((number, kind)), ..State::default() })))
+        Self(
+            Arc::new(Mutex::new(State { bytes, fails_from: Some((number, kind)), ..State::default() })),
+            Arc::default(),
+        )
     }
 
     /// The same, but one half of the write that fails first is stored before it does.
@@ -81,17 +96,25 @@ impl MemoryFile {
 
     /// Lets the write with that number be stored with a wrong byte.
     pub fn lying_at(bytes: Vec<u8>, number: usize) -> Self {
-        Self(Arc::new(Mutex::new(State { bytes, lies_at: Some(number), ..State::default() })))
+        Self(Arc::new(Mutex::new(State { bytes, lies_at: Some(number), ..State::default() })), Arc::default())
     }
 
     /// Lets the operation with that number fail, and no other.
     pub fn failing_once(bytes: Vec<u8>, number: usize, kind: ErrorKind) -> Self {
-        Self(Arc::new(Mutex::new(State { bytes, fails_once: Some((number, kind)), ..State::default() })))
+        Self(
+            Arc::new(Mutex::new(State { bytes, fails_once: Some((number, kind)), ..State::default() })),
+            Arc::default(),
+        )
     }
 
     /// A file that can have no more bytes than `room`.
     pub fn with_room(bytes: Vec<u8>, room: u64) -> Self {
-        Self(Arc::new(Mutex::new(State { bytes, room: Some(room), ..State::default() })))
+        Self(Arc::new(Mutex::new(State { bytes, room: Some(room), ..State::default() })), Arc::default())
+    }
+
+    /// Lets `act` be done when `bytes` are about to be written.
+    pub fn before_writing(&self, bytes: Vec<u8>, act: impl FnOnce() + Send + 'static) {
+        *self.1.0.lock().unwrap() = Some((bytes, Box::new(act)));
     }
 
     /// The operation that failed once.
@@ -108,6 +131,12 @@ impl MemoryFile {
     }
 
     fn perform(&self, operation: Operation) -> Result<()> {
+        let is_awaited =
+            |hook: &mut (Vec<u8>, _)| matches!(&operation, Operation::Write(_, bytes) if *bytes == hook.0);
+        let hook = self.1.0.lock().unwrap().take_if(is_awaited);
+        if let Some((_, act)) = hook {
+            act();
+        }
         let mut state = self.0.lock().unwrap();
         state.tried += 1;
         if let Some((number, kind)) = state.fails_once

@@ -49,9 +49,9 @@ impl Guest {
     fn act(&self, act: Act, at: u64, length: u64) {
         let (view, at) = (&self.chain, GuestOffset(at));
         let done = match act {
-            Act::Write(byte) => self.writer().write(view, at, &vec![byte; length as usize]),
-            Act::Zero => self.writer().zero(view, at, length, false),
-            Act::Punch => self.writer().zero(view, at, length, true),
+            Act::Write(byte) => self.writer().guest().write(view, at, &vec![byte; length as usize]),
+            Act::Zero => self.writer().guest().zero(view, at, length, false),
+            Act::Punch => self.writer().guest().zero(view, at, length, true),
         };
         done.unwrap();
     }

@@ -245,13 +245,13 @@ impl Guest {
             Action::Write { at, length, byte } => {
                 let (at, length) = self.range(at, length);
                 let bytes = vec![byte; length];
-                let written = self.live().writer().write(&self.chain, GuestOffset(at as u64), &bytes);
+                let written = self.live().writer().guest().write(&self.chain, GuestOffset(at as u64), &bytes);
                 self.has_written(at, length, byte, written);
             }
             Action::Zero { at, length, may_unmap } => {
                 let (at, length) = self.range(at, length);
                 let place = GuestOffset(at as u64);
-                let zeroed = self.live().writer().zero(&self.chain, place, length as u64, may_unmap);
+                let zeroed = self.live().writer().guest().zero(&self.chain, place, length as u64, may_unmap);
                 self.has_written(at, length, 0, zeroed);
             }
             Action::Flush => drop(self.flush()),

@@ -127,7 +127,7 @@ impl Guest {
 
     /// Writes; what failed is tried to be read, as its bytes may be old or new.
     fn write(&mut self, at: usize, bytes: &[u8]) -> rebasefs::Result<()> {
-        let result = self.live.writer().write(&self.chain, GuestOffset(at as u64), bytes);
+        let result = self.live.writer().guest().write(&self.chain, GuestOffset(at as u64), bytes);
         match result {
             Ok(()) => self.bytes[at..at + bytes.len()].copy_from_slice(bytes),
             Err(_) => {
@@ -192,7 +192,7 @@ fn a_guest_that_fills_the_disk_keeps_all_that_was_acknowledged_and_can_make_room
                 continue;
             }
             let writer = guest.live.writer().clone();
-            writer.zero(&guest.chain, GuestOffset(0), size as u64, true).unwrap();
+            writer.guest().zero(&guest.chain, GuestOffset(0), size as u64, true).unwrap();
             writer.flush().unwrap();
             guest.bytes.fill(0);
             is_kept(&disk, &file, &guest.bytes);

@@ -3,13 +3,14 @@
 
 use std::sync::Arc;
 
+use rebasefs::Progress;
 use rebasefs::chain::{Chain, Opener};
 use rebasefs::file::Access;
-use rebasefs::layer::GuestOffset;
 use rebasefs::layer::qcow2::check;
 use rebasefs::layer::qcow2::testing::Live;
+use rebasefs::layer::{Format, GuestOffset, Reference};
 
-use crate::crash::{every_numbered_cut, open, views};
+use crate::crash::{every_numbered_cut, moved, open, views};
 use crate::memory_file::MemoryFile;
 use crate::random_chain::Random;
 use crate::scratch::Scratch;
@@ -47,8 +48,8 @@ fn write(file: &MemoryFile, base: &Chain, random: &mut Random) -> Vec<(usize, Al
             _ => 0x80 + number,
         };
         match (byte, random.chance(50)) {
-            (0, may_unmap) => live.writer().zero(&chain, start, bytes, may_unmap).unwrap(),
-            _ => live.writer().write(&chain, start, &vec![byte; bytes as usize]).unwrap(),
+            (0, may_unmap) => live.writer().guest().zero(&chain, start, bytes, may_unmap).unwrap(),
+            _ => live.writer().guest().write(&chain, start, &vec![byte; bytes as usize]).unwrap(),
         }
         for sector in at..at + length {
             allowed[sector as usize].push(byte);
@@ -142,7 +143,7 @@ fn no_power_cut_shows_what_lies_behind_the_end_of_a_disk_that_grows() {
         let end = file.log().len();
         // The new bytes can be written, and are as durable as the old ones.
         let live = chain.live().unwrap();
-        live.writer().write(&chain, GuestOffset(new - 512), &[0x55; 512]).unwrap();
+        live.writer().guest().write(&chain, GuestOffset(new - 512), &[0x55; 512]).unwrap();
         live.writer().flush().unwrap();
         states += every_numbered_cut(&start, &file.log(), |number, bytes, what| {
             let file = MemoryFile::new(bytes);
@@ -165,4 +166,37 @@ fn no_power_cut_shows_what_lies_behind_the_end_of_a_disk_that_grows() {
     }
     println!("{states} states while a disk grows, none wrong");
     assert!(states >= 500, "only {states} states");
+}
+
+/// A rebase has found a place for a cluster and writes it, when a guest's write to another cluster gives the
+/// active disk an L2 table of its own.
+#[test]
+fn a_table_that_a_guest_gets_meanwhile_has_what_a_rebase_copies() {
+    let s = Scratch::new();
+    s.write("old", &vec![0x11; 32 << 10]);
+    s.write("new", &[[0x11; 2560].as_slice(), &[0x22; 512], &vec![0x11; (32 << 10) - 3072]].concat());
+    s.qemu_img("create -q -f qcow2 -o cluster_size=512 -b old -F raw cow.qcow2");
+    s.qemu_io("qcow2", "cow.qcow2", &["write -q -P 0x33 0 512"]);
+    s.qemu_img("snapshot -c one cow.qcow2");
+    let file = MemoryFile::new(std::fs::read(s.path("cow.qcow2")).unwrap());
+    let opener = Opener::new().force_share();
+    let old = opener.chain(&s.path("old"), None, Access::ReadOnly).unwrap();
+    let live = Arc::new(Live::open(&open(&file)).unwrap());
+    let chain = old.under(live.clone());
+    let before = {
+        let mut bytes = vec![0; 32 << 10];
+        chain.read_at(GuestOffset(0), &mut bytes).unwrap();
+        bytes
+    };
+    let guest = chain.clone();
+    file.before_writing(vec![0x11; 512], move || {
+        live.writer().guest().write(&guest, GuestOffset(20 << 9), &[0x44; 512]).unwrap();
+    });
+    let backing = Reference::new(s.path("new"), Format::Raw);
+    let rebased = moved(chain, Some(&backing)).run(&Progress::default()).unwrap();
+    let mut after = vec![0; 32 << 10];
+    rebased.chain.read_at(GuestOffset(0), &mut after).unwrap();
+    assert!(after[20 << 9..21 << 9] == [0x44; 512], "the guest has not written meanwhile");
+    after[20 << 9..21 << 9].copy_from_slice(&before[20 << 9..21 << 9]);
+    assert!(after == before);
 }

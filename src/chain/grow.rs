@@ -30,7 +30,7 @@ impl Chain {
         let (live, below, old) = (self.live()?, self.below(0), self.virtual_size());
         let wider = live.widened(size)?;
         let view = below.under(Arc::new(wider.clone()));
-        live.writer().zero(&view, GuestOffset(old), size - old, true)?;
+        live.writer().guest().zero(&view, GuestOffset(old), size - old, true)?;
         Ok(below.under(Arc::new(wider.grown()?)))
     }
 }

@@ -111,12 +111,19 @@ impl Image {
     /// error, if that takes longer than whoever wants to `stop` can wait.
     pub(super) fn supersede(&self, chain: Chain, stop: impl Fn() -> bool) -> Result<()> {
         self.replace(chain);
+        self.wait_for_readers_of_the_past(stop)
+    }
+
+    /// Returns when nobody reads from a chain before the present one any more. An overlay that a guest writes
+    /// to has its tables in common with those: what it drops would read there as what an older backing file
+    /// has.
+    pub(super) fn wait_for_readers_of_the_past(&self, stop: impl Fn() -> bool) -> Result<()> {
         let mut left = GRACE.as_millis();
         // Nobody finds them any more: their number can only fall.
         while self.has_readers_of_the_past() {
             left -= u128::from(stop());
             if left == 0 {
-                let what = "somebody still reads by the tables before: the space is not freed, but leaked";
+                let what = "somebody still reads by the tables before: the space is not freed, and may leak";
                 let hint = "`rebasefs check -r leaks IMAGE` frees it when the image is not mounted";
                 return Err(Error::new(ErrorKind::Cancelled, what).hint(hint));
             }

@@ -14,7 +14,7 @@ use super::view::{View, data_error};
 use crate::chain::{Chain, Opener};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layer::GuestOffset;
-use crate::layer::qcow2::Live;
+use crate::layer::qcow2::{Live, Writer};
 use crate::rebase::{Below, ForWriting};
 
 /// What may be written to the disk of a mount.
@@ -29,6 +29,9 @@ pub enum Writing {
     /// Its bytes, and a larger size.
     BytesAndSize,
 }
+
+/// Bytes that are zeroed before others have their turn.
+const ZEROED_AT_ONCE: u64 = 1 << 30;
 
 /// What becomes of a range that is zeroed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,26 +60,43 @@ pub(super) fn prepare(chain: &Chain, opener: &Opener) -> Result<Chain> {
 impl Image {
     /// Writes `bytes` at `offset` as far as the disk reaches; returns how many that were.
     pub(super) fn write(&self, offset: u64, bytes: &[u8]) -> Result<usize> {
+        let writer = self.writer()?;
+        let guest = writer.guest();
+        // Not before: while a write waits, the disk can get another chain, and lose what the one before had.
         let chain = self.chain();
-        let live = chain.live()?;
         let left = chain.virtual_size().saturating_sub(offset);
         let length = left.min(bytes.len() as u64) as usize;
         if length == 0 && !bytes.is_empty() {
             return Err(Error::new(ErrorKind::NoSpace, "the disk ends before that"));
         }
-        let written = live.writer().write(&chain, GuestOffset(offset), &bytes[..length]);
+        let written = guest.write(&chain, GuestOffset(offset), &bytes[..length]);
         self.note_written();
         written.map(|()| length)
     }
 
-    /// Zeroes a range, as far as the disk reaches.
+    /// Zeroes a range, as far as the disk reaches: piece by piece, so that whoever needs the disk to stand
+    /// still need not wait for all of it.
     pub(super) fn zero(&self, offset: u64, length: u64, space: Space) -> Result<()> {
-        let chain = self.chain();
-        let live = chain.live()?;
-        let length = length.min(chain.virtual_size().saturating_sub(offset));
-        let zeroed = live.writer().zero(&chain, GuestOffset(offset), length, space == Space::GivenBack);
+        let writer = self.writer()?;
+        let mut at = offset;
+        let end = offset.saturating_add(length);
+        let zeroed = loop {
+            let guest = writer.guest();
+            let chain = self.chain();
+            let length = end.min(chain.virtual_size()).saturating_sub(at).min(ZEROED_AT_ONCE);
+            let zeroed = guest.zero(&chain, GuestOffset(at), length, space == Space::GivenBack);
+            at += length;
+            if zeroed.is_err() || length == 0 {
+                break zeroed;
+            }
+        };
         self.note_written();
         zeroed
+    }
+
+    /// Whoever writes for the guest: the same as long as the mount lives.
+    fn writer(&self) -> Result<Arc<Writer>> {
+        Ok(self.chain().live()?.writer().clone())
     }
 
     /// Returns when all that was written is durable.
@@ -210,5 +230,46 @@ mod tests {
         let error = prepare(&open(), &opener).unwrap_err();
         assert!(error.to_string().contains("in use by another process"), "{error}");
         drop(held);
+    }
+
+    /// While a write waits for a reclaim, the disk gets another chain, and the overlay may have lost what it
+    /// held: what the write leaves of a cluster is what the new backing file has.
+    #[test]
+    fn a_write_that_had_to_wait_sees_the_disk_as_it_is_then() {
+        const CLUSTER: u64 = 64 << 10;
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        std::fs::write(path("old"), vec![0x11; 64 * CLUSTER as usize]).unwrap();
+        std::fs::write(path("new"), vec![0x22; 64 * CLUSTER as usize]).unwrap();
+        let backing = Some(Reference::new("old", Format::Raw));
+        let spec = Spec { size: 64 * CLUSTER, backing, ..Spec::default() };
+        create(&LocalFile::create(&path("cow")).unwrap(), None, &spec).unwrap();
+        let opener = Opener::new();
+        let old = prepare(&opener.chain(&path("cow"), None, Access::ReadWrite).unwrap(), &opener).unwrap();
+        let new =
+            opener.chain(&path("new"), None, Access::ReadOnly).unwrap().under(old.top().unwrap().clone());
+        let writer = old.live().unwrap().writer().clone();
+        let image = Image::new(old.clone());
+        for cluster in 0..64 {
+            image.replace(old.clone());
+            thread::scope(|scope| {
+                let still = writer.hold_off_guests();
+                let (began, begins) = std::sync::mpsc::channel();
+                let image = &image;
+                scope.spawn(move || {
+                    began.send(()).unwrap();
+                    image.write(cluster * CLUSTER + 100, &[0x33; 100]).unwrap();
+                });
+                begins.recv().unwrap();
+                // It is about to wait, and does so or not yet: each time something else.
+                (0..cluster).for_each(|_| thread::yield_now());
+                image.replace(new.clone());
+                drop(still);
+            });
+            let mut bytes = vec![0; CLUSTER as usize];
+            image.chain().read_at(GuestOffset(cluster * CLUSTER), &mut bytes).unwrap();
+            let expected = [&[0x22; 100][..], &[0x33; 100], &vec![0x22; CLUSTER as usize - 200]].concat();
+            assert!(bytes == expected, "cluster {cluster}: a piece of a backing file that is none any more");
+        }
     }
 }

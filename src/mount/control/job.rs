@@ -110,8 +110,12 @@ impl Control {
         }
         (mounted.replaced)(if may_be_others { Bytes::Others } else { Bytes::Same });
         if options.reclaim {
-            let publish = |chain| self.image.supersede(chain, || progress.is_cancelled());
-            let reclaimed = reclaim(&chain, &opener, progress, publish);
+            let is_stopped = || progress.is_cancelled();
+            let publish = |chain| self.image.supersede(chain, is_stopped);
+            let reclaimed = self
+                .image
+                .wait_for_readers_of_the_past(is_stopped)
+                .and_then(|()| reclaim(&chain, &opener, progress, publish));
             (mounted.replaced)(Bytes::Same);
             report.reclaimed = reclaimed.doing(|| "reclaiming space after the rebase".to_owned())?;
         }

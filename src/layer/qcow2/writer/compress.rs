@@ -5,6 +5,7 @@
 //! shrinks. Anything else is filled as without compression.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::fill::{Filling, Group, Origin, Placement};
@@ -88,6 +89,7 @@ impl Writer {
             tables: group.tables.clone(),
             owners: group.owners,
             origin: Origin::Compressed { length },
+            shape: Arc::default(),
         }))
     }
 

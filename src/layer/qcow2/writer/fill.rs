@@ -5,8 +5,10 @@
 //! which order, is the writer's business.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::compress::Deflated;
+use super::staged::Shared;
 use super::{REPAIR, Staged, State, Writer};
 use crate::error::{Context, Error, Result};
 use crate::file::{HostFile, HostOffset};
@@ -30,6 +32,9 @@ pub(super) struct Placement {
     /// How many L1 tables lead to the cluster in all.
     pub owners: u64,
     pub origin: Origin,
+    /// The tables that the views had for the cluster: a guest's write to any other cluster of the same table
+    /// can give the active disk one of its own meanwhile, which knows nothing of this placement.
+    pub shape: Arc<[Shared]>,
 }
 
 impl Placement {
@@ -115,7 +120,15 @@ impl Writer {
         content: &Filling<'_>,
     ) -> Result<Vec<Placement>> {
         let groups = self.groups(state, at, wanted)?;
-        groups.into_iter().map(|group| self.place_group(state, at, wanted, group, content)).collect()
+        let shape: Arc<[Shared]> = match self.is_live {
+            true => state.staged.tables_at(at)?.into(),
+            false => Arc::default(),
+        };
+        let place = |group| {
+            let placement = self.place_group(state, at, wanted, group, content)?;
+            Ok(Placement { shape: shape.clone(), ..placement })
+        };
+        groups.into_iter().map(place).collect()
     }
 
     fn place_group(
@@ -146,7 +159,7 @@ impl Writer {
             false => 0,
         };
         let after = L2Entry { word, bitmap };
-        Ok(Placement { at, host, subclusters, before, after, tables, owners, origin })
+        Ok(Placement { at, host, subclusters, before, after, tables, owners, origin, shape: Arc::default() })
     }
 
     /// Subclusters of a host cluster may be filled in place if no other view uses them. One that
@@ -426,13 +439,17 @@ impl State {
     }
 
     /// Lets the L2 entries of a placement lead to its content, which has been written. If another
-    /// thread has changed one of them since, nothing is staged and the space given back: false.
+    /// thread has changed one of them since, or the tables that they are in, nothing is staged and the space given back: false.
     fn stage(&mut self, placement: &Placement) -> Result<bool> {
+        let has_moved =
+            !placement.shape.is_empty() && self.staged.tables_at(placement.at)? != *placement.shape;
+        let mut is_overtaken = has_moved;
         for &table in &placement.tables {
-            if self.staged.entry(table, placement.at)? != placement.before {
-                self.undo(placement)?;
-                return Ok(false);
-            }
+            is_overtaken = is_overtaken || self.staged.entry(table, placement.at)? != placement.before;
+        }
+        if is_overtaken {
+            self.undo(placement)?;
+            return Ok(false);
         }
         for &table in &placement.tables {
             self.staged.set_entry(table, placement.at, placement.after)?;

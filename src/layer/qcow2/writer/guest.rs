@@ -5,7 +5,7 @@
 //! and then the L2 entry is staged; the cluster that it replaces is free when the new entry is durable. With
 //! extended L2 entries only subclusters are copied.
 
-use std::sync::{PoisonError, RwLockWriteGuard};
+use std::sync::{PoisonError, RwLockReadGuard, RwLockWriteGuard};
 
 use super::fill::{Origin, runs};
 use super::ranges::Held;
@@ -44,19 +44,11 @@ struct Step {
 }
 
 impl Writer {
-    /// Writes what a guest writes. `view` is what the guest sees of this very disk. Durable after
-    /// [`flush`](Self::flush).
-    ///
-    /// # Errors
-    /// The image cannot be read or written, or its tables break the rules of the format.
-    pub fn write(&self, view: &dyn GuestView, at: GuestOffset, bytes: &[u8]) -> Result<()> {
-        if bytes.is_empty() {
-            return Ok(());
-        }
-        let _guest = self.guests.read().unwrap_or_else(PoisonError::into_inner);
-        self.mark_written()?;
-        let _held = self.hold_clusters(at, bytes.len() as u64);
-        self.write_held(view, at, bytes)
+    /// Lets a guest write: what it sees does not change as long as this is held, apart from what is written.
+    /// Waits for whoever needs the disk to stand still. A view of the disk that was looked up before that may
+    /// lead to what has been dropped since, and to a backing file that is none any more.
+    pub fn guest(&self) -> Guest<'_> {
+        Guest { writer: self, _moving: self.guests.read().unwrap_or_else(PoisonError::into_inner) }
     }
 
     /// Makes durable all that was written.
@@ -94,7 +86,7 @@ impl Writer {
         self.ranges.hold(at.0 >> bits..(at.0 + length).div_ceil(1 << bits))
     }
 
-    /// The same as [`write`](Self::write), by one who holds the clusters.
+    /// The same as [`write`](Guest::write), by one who holds the clusters.
     pub(super) fn write_held(&self, view: &dyn GuestView, at: GuestOffset, bytes: &[u8]) -> Result<()> {
         let mut elsewhere = Vec::new();
         let mut here = Gathered::new(self, bytes);
@@ -296,6 +288,29 @@ impl Writer {
             }
             None => state.linking(table, 1, |staged| staged.link(&[0], at, table)),
         }
+    }
+}
+
+/// Somebody who writes for a guest while the disk moves.
+#[derive(Debug)]
+pub struct Guest<'a> {
+    pub(super) writer: &'a Writer,
+    _moving: RwLockReadGuard<'a, ()>,
+}
+
+impl Guest<'_> {
+    /// Writes what a guest writes. `view` is what the guest sees of this very disk, looked up under this
+    /// guard. Durable after [`flush`](Writer::flush).
+    ///
+    /// # Errors
+    /// The image cannot be read or written, or its tables break the rules of the format.
+    pub fn write(&self, view: &dyn GuestView, at: GuestOffset, bytes: &[u8]) -> Result<()> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        self.writer.mark_written()?;
+        let _held = self.writer.hold_clusters(at, bytes.len() as u64);
+        self.writer.write_held(view, at, bytes)
     }
 }
 

@@ -19,6 +19,7 @@ mod structures;
 mod swap;
 mod zero;
 
+pub use self::guest::Guest;
 pub(super) use self::staged::Staged;
 
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -3,9 +3,7 @@
 //!
 //! What reads as zeros already, by metadata, stays as it is: discarding an empty disk costs nothing.
 
-use std::sync::PoisonError;
-
-use super::{State, Writer};
+use super::{Guest, State, Writer};
 use crate::error::{Context, Result};
 use crate::file::HostOffset;
 use crate::layer::qcow2::entry::{COPIED, Cluster, L2Entry, SUBCLUSTERS, Standard, ZERO};
@@ -14,7 +12,7 @@ use crate::layer::{GuestOffset, GuestView, Overlay};
 /// Bytes that are zeroed in one go, if a cluster is not larger.
 const PIECE: u64 = 1 << 20;
 
-impl Writer {
+impl Guest<'_> {
     /// Lets the guest see zeros. With `may_unmap` the space is given back as well.
     ///
     /// # Errors
@@ -26,13 +24,15 @@ impl Writer {
             let zeros = view.zeros_at(at, end - at)?;
             let next = at + zeros.length;
             if !zeros.are_zero || (zeros.take_space && may_unmap) {
-                self.zero_run(view, (at, next), may_unmap)?;
+                self.writer.zero_run(view, (at, next), may_unmap)?;
             }
             at = next;
         }
         Ok(())
     }
+}
 
+impl Writer {
     /// The same where there may be something else than zeros: piece by piece, so that others can
     /// write between.
     fn zero_run(
@@ -46,7 +46,6 @@ impl Writer {
         let mut at = start;
         while at < end {
             let next = end.min(GuestOffset(at.0 / piece * piece + piece));
-            let _guest = self.guests.read().unwrap_or_else(PoisonError::into_inner);
             self.mark_written()?;
             let _held = self.hold_clusters(at, next - at);
             for cluster in (at.0 / size * size..next.0).step_by(size as usize) {
