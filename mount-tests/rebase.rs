@@ -486,3 +486,32 @@ fn the_figures_add_up_where_holes_begin_and_end_within_clusters() {
     assert_eq!(figures["compared"], 2 * CLUSTER);
     assert_eq!(figures["equal"], 300_032 - 2 * CLUSTER);
 }
+
+#[test]
+fn flatten_is_a_rebase_onto_nothing() {
+    let s = scratch_of_three();
+    let before = s.guest_bytes("qcow2", "cow.qcow2");
+    std::fs::copy(s.path("cow.qcow2"), s.path("other.qcow2")).unwrap();
+    let said = s.rebasefs("flatten --dry-run --output=json cow.qcow2");
+    assert!(said.contains("\"copied\""), "{said}");
+    for refused in ["-b new.raw", "-F raw", "-u"] {
+        let said = s.rebasefs_fails(1, &format!("flatten {refused} cow.qcow2"));
+        assert!(said.contains("flatten leaves no backing file"), "{said}");
+    }
+    s.rebasefs("flatten cow.qcow2 other.qcow2");
+    for image in ["cow.qcow2", "other.qcow2"] {
+        assert!(!s.qemu_img(&format!("info {image}")).contains("backing file"));
+        assert!(s.guest_bytes("qcow2", image) == before);
+        s.check_clean(image);
+    }
+    let help = s.rebasefs("flatten --help");
+    assert!(!help.contains("--backing ") && help.contains("--dry-run"), "{help}");
+}
+
+fn scratch_of_three() -> Scratch {
+    let s = Scratch::new();
+    s.draw_raw("base.raw", 65536, "11 22 -- 33");
+    s.qemu_img("create -q -f qcow2 -b base.raw -F raw cow.qcow2");
+    s.draw("cow.qcow2", 65536, "-- 44 -- --");
+    s
+}

@@ -4,6 +4,7 @@
 mod check;
 mod compare;
 mod create;
+mod flatten;
 mod format_options;
 mod generate;
 mod helper;
@@ -49,6 +50,7 @@ enum Command {
     #[command(visible_alias = "unmount")]
     Umount(umount::Arguments),
     Rebase(rebase::Arguments),
+    Flatten(flatten::Arguments),
     Info(info::Arguments),
     Map(map::Arguments),
     Compare(compare::Arguments),
@@ -128,6 +130,7 @@ impl Command {
     fn is_quiet(&self) -> bool {
         match self {
             Self::Rebase(arguments) => arguments.is_quiet(),
+            Self::Flatten(arguments) => arguments.is_quiet(),
             Self::Compare(arguments) => arguments.is_quiet(),
             Self::Check(arguments) => arguments.is_quiet(),
             Self::Create(arguments) => arguments.is_quiet(),
@@ -146,6 +149,7 @@ impl Command {
         match self {
             Self::Mount(arguments) => mount::run(arguments),
             Self::Rebase(arguments) => rebase::run(&arguments),
+            Self::Flatten(arguments) => flatten::run(&arguments),
             Self::Info(arguments) => info::run(&arguments).map_err(or_force_share),
             Self::Map(arguments) => map::run(&arguments).map_err(or_force_share),
             Self::Compare(arguments) => compare::run(&arguments).map_err(or_force_share),

@@ -5,6 +5,7 @@ mod many;
 mod picture;
 mod report;
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -67,6 +68,17 @@ pub(super) struct Arguments {
 }
 
 impl Arguments {
+    /// The same for a rebase onto no backing file.
+    pub(super) fn flattening(mut self) -> Result<Self, clap::Error> {
+        let options = &self.options;
+        if options.backing.is_some() || options.backing_format.is_some() || options.is_unsafe {
+            let what = "flatten leaves no backing file: it takes neither -b nor -F nor -u\n";
+            return Err(clap::Error::raw(clap::error::ErrorKind::ArgumentConflict, what));
+        }
+        self.options.backing = Some(OsString::new());
+        Ok(self)
+    }
+
     /// Whether `-q` was typed.
     pub(super) fn is_quiet(&self) -> bool {
         self.quiet
