@@ -1,5 +1,6 @@
 //! Control files: what a write to `ctl/backing` does, how it fails, and who may stop it.
 
+mod circles;
 mod difference;
 mod names;
 mod rebase;

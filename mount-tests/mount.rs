@@ -384,3 +384,19 @@ fn nothing_can_be_made_changed_or_removed() {
     assert_eq!(mounted.bytes(), scratch.guest_bytes("qcow2", "cow.qcow2"));
     assert!(is_running(mounted.server()));
 }
+
+/// mount(8) says `rw` of every mount; a person who types it wants to write.
+#[test]
+fn who_types_rw_is_told_how_the_disk_is_written() {
+    open_dev_fuse();
+    let s = crate::control::old_and_new();
+    s.ok("mkdir", "mnt");
+    for (options, is_told) in [("-o rw", true), ("-o rw --rw", false), ("-o rw,writable", false), ("", false)]
+    {
+        let ended = s.run(rebasefs(), &format!("mount {options} cow.qcow2 {}", s.path("mnt").display()));
+        let mounted = Mounted::found(s.path("mnt"));
+        assert_eq!(ended.code, Some(0), "{options}: {}", ended.stderr);
+        assert_eq!(ended.stderr.contains("add --rw"), is_told, "{options}: {}", ended.stderr);
+        drop(mounted);
+    }
+}

@@ -165,6 +165,13 @@ impl Error {
         self
     }
 
+    /// Says what to do about it in place of what a deeper layer knew.
+    #[must_use]
+    pub(crate) fn better_hint(mut self, hint: impl Into<String>) -> Self {
+        self.0.hint = None;
+        self.hint(hint)
+    }
+
     /// Adds another thing to do about it.
     #[must_use]
     pub fn or_hint(mut self, other: &str) -> Self {

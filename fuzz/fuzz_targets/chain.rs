@@ -45,18 +45,35 @@ struct Named {
     prefix: u8,
     format: u8,
     suffix: [u8; 3],
+    /// Which members a `json:` name has, and their values.
+    json: Vec<(u8, u8)>,
 }
 
 impl Named {
+    /// Options in either spelling, often said twice.
+    fn json(&self, file: &str) -> String {
+        const DRIVERS: [&str; 4] = ["raw", "qcow2", "file", "host_device"];
+        let driver = |n: u8| DRIVERS[usize::from(n) % DRIVERS.len()];
+        let members = self.json.iter().take(8).map(|(which, what)| match which % 9 {
+            0 => format!(r#""driver":"{}""#, driver(*what)),
+            1 => format!(r#""file":{{"driver":"{}","filename":"{file}"}}"#, driver(*what)),
+            2 => format!(r#""file.driver":"{}""#, driver(*what)),
+            3 => format!(r#""file.filename":"{}""#, name(*what)),
+            4 => format!(r#""file":{{"filename":"{}"}}"#, name(*what)),
+            5 => format!(r#""filename":"{}""#, name(*what)),
+            6 => format!(r#""file":{{"a":{{"{what}":{what}}}}}"#),
+            7 => format!(r#""driver":{what}"#),
+            _ => String::from_utf8_lossy(&self.suffix).into_owned(),
+        });
+        format!("json:{{{}}}", members.collect::<Vec<_>>().join(","))
+    }
+
     fn reference(&self) -> Reference {
         let file = name(self.file);
         let mut name = match self.prefix % 10 {
             0 => format!("./{file}"),
             1 => format!("file:{file}"),
-            2 => format!(
-                "json:{{\"driver\":\"qcow2\",\"file\":{{\"driver\":\"file\",\"filename\":\"{file}\"}}}}"
-            ),
-            3 => format!("json:{{\"file.filename\":\"{file}\",\"{}\":1}}", self.format),
+            2 | 3 => self.json(&file),
             4 => format!("nbd:{file}"),
             5 => format!("json:{file}"),
             _ => file,

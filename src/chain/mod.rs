@@ -6,6 +6,7 @@
 mod block_options;
 pub(crate) mod compare;
 mod extents;
+mod ground;
 mod grow;
 pub mod info;
 mod map;
@@ -18,6 +19,7 @@ mod watch;
 use std::sync::Arc;
 
 pub use extents::Extents;
+pub(crate) use ground::{announce, mounted_at, or_rebase_mounted};
 pub use map::MapEntry;
 pub(crate) use name::{format_to_record, is_inside, refuse_what_qemu_cannot_open, resolve};
 pub(crate) use open::place_of;

@@ -4,17 +4,20 @@
 //! that names further files. Layers that two chains share are opened once.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use super::Chain;
+use super::ground::Ground;
 use super::name::{self, Location};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::file::{Access, CacheMode, Directory, HostFile, Identity, LocalFile, Lock};
 use crate::layer::qcow2::table::TableCache;
 use crate::layer::qcow2::{Preamble, Qcow2};
 use crate::layer::{Format, Layer, Raw, Reference};
+use crate::sys::errno;
 
 /// No chain is longer. Public clouds see up to 1000 layers (arXiv 2205.06842).
 pub const MAX_DEPTH: usize = 4096;
@@ -136,6 +139,105 @@ impl Step {
     }
 }
 
+/// What a chain that is being opened has above the next layer.
+#[derive(Default)]
+struct Seen {
+    /// Each file in the order of the chain, and its depth; that of the overlay is not known.
+    files: Vec<Identity>,
+    depths: HashMap<Identity, Option<usize>>,
+    /// Whether the chain is going to stand under an overlay.
+    has_overlay: bool,
+    /// What the first of the files stands on.
+    ground: Option<Ground>,
+    /// What those on a file system, or on a device, stand on, and how many of the files are known not to be
+    /// among that.
+    grounds: HashMap<Identity, (Ground, usize)>,
+    is_mount_told: bool,
+}
+
+/// What was found below a file.
+enum Circle {
+    None,
+    /// Another mount of ours, but no circle.
+    Mount,
+    /// Our own.
+    OwnMount,
+    /// What is above it in the chain.
+    OnTop,
+    /// It is below the image itself.
+    Below,
+}
+
+impl Seen {
+    /// Below an overlay that stands on this.
+    fn under(overlay: Identity, ground: Ground) -> Self {
+        let depths = HashMap::from([(overlay, None)]);
+        Self { files: vec![overlay], depths, ..Self::at(ground) }
+    }
+
+    /// Below an overlay that will be made on this.
+    fn at(ground: Ground) -> Self {
+        Self { has_overlay: true, ground: Some(ground), ..Self::default() }
+    }
+
+    fn known(&self, file: Identity) -> Option<Option<usize>> {
+        self.depths.get(&file).copied()
+    }
+
+    fn add(&mut self, file: Identity, depth: usize) -> Result<()> {
+        if self.ground.is_none() {
+            self.ground = Some(Ground::of(file)?);
+        }
+        self.files.push(file);
+        self.depths.insert(file, Some(depth));
+        Ok(())
+    }
+
+    fn look_below(&mut self, file: Identity, own_mount: Option<u64>) -> Result<Circle> {
+        if self.ground.as_ref().is_some_and(|ground| ground.has(file)) {
+            return Ok(Circle::Below);
+        }
+        // All files of a file system stand on the same.
+        let key = if file.is_block_device() { file } else { Identity { inode: 0, ..file } };
+        let (ground, clear) = match self.grounds.entry(key) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => entry.insert((Ground::of(file)?, 0)),
+        };
+        if own_mount.is_some_and(|device| ground.has_file_system(device)) {
+            return Ok(Circle::OwnMount);
+        }
+        let mut above = self.files[*clear..].iter();
+        if ground.has(file) || above.any(|above| ground.has(*above)) {
+            return Ok(Circle::OnTop);
+        }
+        *clear = self.files.len();
+        Ok(if ground.has_mount() { Circle::Mount } else { Circle::None })
+    }
+}
+
+fn a_loop(path: &Path, what: String) -> Error {
+    let hint = "another file is needed: `rebasefs info --backing-chain FILE` shows the chain of one";
+    Error::new(ErrorKind::Loop, what).path(path).hint(hint)
+}
+
+/// What to do about a file that an image names and that is not there.
+fn or_moved(error: Error) -> Error {
+    match error.kind() {
+        ErrorKind::NotFound => {
+            error.hint("has it moved? `rebasefs rebase -u -b FILE -F FORMAT IMAGE` records where it is now")
+        }
+        _ => error,
+    }
+}
+
+/// What to do where a chain is longer than files may be open.
+fn or_raise_limit(error: Error) -> Error {
+    match error.errno() {
+        errno::EMFILE => error.hint("each image of a chain is an open file: `ulimit -n NUMBER` allows more"),
+        _ => error,
+    }
+}
+
 /// A file that was found, in the directory where it is.
 struct Found {
     file: Arc<dyn HostFile>,
@@ -221,7 +323,7 @@ impl Opener {
     /// As [`Chain::open`].
     pub fn chain(&self, path: &Path, format: Option<Format>, access: Access) -> Result<Chain> {
         let first = Step::typed(path, format, access, self.caching.0);
-        self.walk(Step { believes_name: self.believes_names, ..first }, None)
+        self.walk(Step { believes_name: self.believes_names, ..first }, Seen::default())
     }
 
     /// Opens one image, without what is below it.
@@ -282,7 +384,15 @@ impl Opener {
             believes_name: true,
             keeps_directory: false,
         };
-        self.walk(first, above).doing(|| {
+        let seen = match above {
+            Some(overlay) => Seen::under(overlay, Ground::of(overlay)?),
+            None => Seen::at(Ground::of_directory(if directory.as_os_str().is_empty() {
+                Path::new(".")
+            } else {
+                directory
+            })?),
+        };
+        self.walk(first, seen).doing(|| {
             match Path::new(&backing.name).is_relative() && !directory.as_os_str().is_empty() {
                 true => format!(
                     "opening backing file '{}' (looked for in {})",
@@ -294,16 +404,15 @@ impl Opener {
         })
     }
 
-    /// Opens layer after layer. `above` is the overlay that the chain is going to stand under.
-    fn walk(&self, first: Step, above: Option<Identity>) -> Result<Chain> {
+    /// Opens layer after layer, below what was seen already.
+    fn walk(&self, first: Step, mut seen: Seen) -> Result<Chain> {
         let mut layers: Vec<Arc<dyn Layer>> = Vec::new();
-        let mut seen: HashMap<Identity, Option<usize>> = above.into_iter().map(|id| (id, None)).collect();
         let mut next = Some(first);
         while let Some(step) = next {
             let depth = layers.len();
             let (layer, directory) = match layers.last() {
                 None => self.walk_step(&step, depth, &mut seen)?,
-                Some(above) => self.walk_step(&step, depth, &mut seen).doing(|| {
+                Some(above) => self.walk_step(&step, depth, &mut seen).map_err(or_moved).doing(|| {
                     format!("opening layer {depth} of the chain (named by {})", above.file().path().display())
                 })?,
             };
@@ -331,23 +440,58 @@ impl Opener {
         &self,
         step: &Step,
         depth: usize,
-        seen: &mut HashMap<Identity, Option<usize>>,
+        seen: &mut Seen,
     ) -> Result<(Arc<dyn Layer>, Arc<Directory>)> {
         let found = self.find_file(step)?;
         let file = &found.file;
-        let what = match seen.insert(file.identity(), Some(depth)) {
+        let what = match seen.known(file.identity()) {
             _ if depth == MAX_DEPTH => format!("the chain has more than {MAX_DEPTH} layers"),
-            None => return self.layer_in(&found, step).map(|layer| (layer, found.directory)),
+            None => {
+                self.refuse_circles(&**file, depth, seen)?;
+                seen.add(file.identity(), depth)?;
+                let layer = self.layer_in(&found, step)?;
+                if layer.data_file().identity() != file.identity() {
+                    self.refuse_circles(&**layer.data_file(), depth, seen)?;
+                }
+                return Ok((layer, found.directory));
+            }
             Some(None) => "is the overlay itself: the chain would be a loop".to_owned(),
             Some(Some(earlier)) => {
                 format!("is layer {earlier} of its own chain already: the chain is a loop")
             }
         };
-        let error = Error::new(ErrorKind::Loop, what).path(file.path());
-        Err(error.hint("another file is needed: `rebasefs info --backing-chain FILE` shows the chain of one"))
+        Err(a_loop(file.path(), what))
+    }
+
+    /// Refuses a file below which, by loop devices, file systems or other mounts, lies what it is going to
+    /// stand under. Nothing of it has been read yet: that could wait for ourselves.
+    fn refuse_circles(&self, file: &dyn HostFile, depth: usize, seen: &mut Seen) -> Result<()> {
+        let circle = match seen.look_below(file.identity(), self.forbidden_device).path(file.path())? {
+            Circle::None => return Ok(()),
+            Circle::Mount => {
+                if (depth > 0 || seen.has_overlay) && !std::mem::replace(&mut seen.is_mount_told, true) {
+                    log::warn!(
+                        "{}: lies in another mount of rebasefs, or stands on it: it can be read as long as \
+                         that is mounted",
+                        file.path().display()
+                    );
+                }
+                return Ok(());
+            }
+            Circle::OwnMount => "stands on this mount, through a device or another mount",
+            Circle::OnTop => {
+                "stands on what is above it in the chain, through a device, a file system or another mount"
+            }
+            Circle::Below => "is what the image itself lies on, through a device, a file system or a mount",
+        };
+        Err(a_loop(file.path(), format!("{circle}: the disk would stand on itself")))
     }
 
     fn find_file(&self, step: &Step) -> Result<Found> {
+        self.find_file_in(step).map_err(or_raise_limit)
+    }
+
+    fn find_file_in(&self, step: &Step) -> Result<Found> {
         let (from, name, path) = choose(&step.location, step.from.as_deref())?;
         let directory = Directory::of(name, from);
         let (directory, name) = directory.map_err(|e| Error::io(e, "cannot open").path(path))?;

@@ -18,7 +18,7 @@ use super::options::Opening;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::file::output;
 use crate::layer::Format;
-use crate::mount::{Mount, MountOptions, Writing};
+use crate::mount::{Mount, MountOptions, Mounted, Writing};
 use crate::sys::{self, Fork};
 
 /// Mount the guest-visible bytes of an image as DIR/disk.raw, with control files in DIR/ctl
@@ -89,14 +89,26 @@ pub(super) fn run(mut arguments: Arguments) -> Result<ExitCode> {
         grow: arguments.grow || words.writing == Writing::BytesAndSize,
         ..arguments
     };
+    if words.say_rw && !arguments.rw && is_typed() {
+        log::warn!(
+            "-o rw is what mount(8) says of every mount, and disk.raw is read-only: add --rw to write to it"
+        );
+    }
     let log = arguments.log.as_deref().map(Log::open).transpose()?;
     let foreground = arguments.foreground;
+    let reads = !arguments.rw;
+    let mountpoint = std::path::absolute(&arguments.mountpoint).ok();
+    // The mount point can be in use as well.
+    let or_force_share = move |error: Error| match reads && error.file() != mountpoint.as_deref() {
+        true => super::or_force_share(error),
+        false => error,
+    };
     let mut mount = checked(arguments, words.mount);
     if let Some(Log(_, path)) = &log {
         mount = mount.log(path);
     }
     if foreground {
-        let mounted = mount.start()?;
+        let mounted = mount.start().map_err(or_force_share)?;
         if let Err(e) = tell_service_manager() {
             log::warn!("cannot tell the service manager that the mount stands: {e}");
         }
@@ -106,7 +118,15 @@ pub(super) fn run(mut arguments: Arguments) -> Result<ExitCode> {
         mounted.on_hangup(of_terminal).serve()?;
         return Ok(ExitCode::SUCCESS);
     }
-    in_background(mount, log)
+    in_background(|| mount.start().map_err(or_force_share), log)
+}
+
+/// Whether a person has typed it, who means what he says: mount(8) calls us by another name or in other words.
+fn is_typed() -> bool {
+    std::env::args_os()
+        .skip(1)
+        .find(|word| !word.as_encoded_bytes().starts_with(b"-"))
+        .is_some_and(|word| word == "mount")
 }
 
 fn checked(arguments: Arguments, options: MountOptions) -> Mount {
@@ -159,7 +179,7 @@ fn tell_service_manager() -> io::Result<()> {
 }
 
 /// Forks; the parent waits for the child to say how the mount went.
-fn in_background(mount: Mount, log: Option<Log>) -> Result<ExitCode> {
+fn in_background(start: impl FnOnce() -> Result<Mounted>, log: Option<Log>) -> Result<ExitCode> {
     let (reader, writer) = io::pipe().map_err(|e| Error::io(e, "cannot make a pipe"))?;
     // There is no second thread yet.
     match sys::fork().map_err(|e| Error::io(e, "cannot start the server"))? {
@@ -169,7 +189,7 @@ fn in_background(mount: Mount, log: Option<Log>) -> Result<ExitCode> {
         }
         Fork::Child => {
             drop(reader);
-            serve(mount, writer, log)
+            serve(start, writer, log)
         }
     }
 }
@@ -191,8 +211,12 @@ fn hear(mut reader: PipeReader) -> Result<ExitCode> {
     Ok(ExitCode::FAILURE)
 }
 
-fn serve(mount: Mount, mut parent: PipeWriter, log: Option<Log>) -> Result<ExitCode> {
-    let started = mount.start();
+fn serve(
+    start: impl FnOnce() -> Result<Mounted>,
+    mut parent: PipeWriter,
+    log: Option<Log>,
+) -> Result<ExitCode> {
+    let started = start();
     let said = started.as_ref().map_or_else(ToString::to_string, |_| READY.to_owned());
     if started.is_ok() {
         let detached = detach(log.as_ref().map(|Log(file, _)| file));

@@ -18,6 +18,8 @@ pub(super) struct Words {
     pub log: Option<PathBuf>,
     pub opening: Opening,
     pub writing: Writing,
+    /// Whether `rw` is among them, which lets nothing be written to the disk.
+    pub say_rw: bool,
 }
 
 impl Words {
@@ -31,6 +33,7 @@ impl Words {
             log: next.log.or(all.log),
             opening: all.opening.or(next.opening),
             writing: all.writing.max(next.writing),
+            say_rw: all.say_rw || next.say_rw,
         })
     }
 
@@ -38,6 +41,10 @@ impl Words {
         match word.split_once('=') {
             None if word == "force_share" => self.opening.force_share = true,
             None if word == "guess_formats" => self.opening.guess_formats = true,
+            None if word == "rw" => {
+                self.say_rw = true;
+                self.mount.add(word)?;
+            }
             // `rw` is what mount(8) says of every mount.
             None if word == "writable" => self.writing = self.writing.max(Writing::Bytes),
             None if word == "growable" => self.writing = Writing::BytesAndSize,

@@ -58,6 +58,11 @@ pub struct Identity {
 }
 
 impl Identity {
+    /// That of the block device with this number.
+    pub(crate) fn of_device(number: u64) -> Self {
+        Self { device: 0, inode: number }
+    }
+
     /// Whether it is that of a block device.
     pub fn is_block_device(self) -> bool {
         self.device == 0

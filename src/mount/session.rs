@@ -19,7 +19,7 @@ use super::image::Image;
 use super::parting::Listening;
 use super::tree::{Inode, Node};
 use super::view::View;
-use crate::chain::Opener;
+use crate::chain::{Opener, announce, mounted_at};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys::{self, StopSignals, signal};
 
@@ -52,6 +52,8 @@ pub(super) struct Mounted {
     listening: Option<Listening>,
     /// What to do on SIGHUP.
     hung_up: Box<dyn FnMut() -> ControlFlow<()> + Send>,
+    /// Tells other processes that this one serves the mount.
+    _mark: Option<File>,
 }
 
 /// Mounts `view` on the real path `mountpoint` and lets it be used.
@@ -69,6 +71,8 @@ pub(super) fn mount(
         Session::new(Adapter(view), &mountpoint, config).map_err(|e| cannot_mount(e, &mountpoint))?;
     let unmounter = session.unmount_callable();
     let notifier = session.notifier();
+    // Before anybody can use it: whoever opens a file of it wants to know what that stands on.
+    let mark = announced(&mountpoint, &image);
     let (sender, ends) = channel();
     start("serve", {
         let sender = sender.clone();
@@ -86,7 +90,13 @@ pub(super) fn mount(
     let listening = Listening::start(device.dev(), Arc::downgrade(&control));
     let listening = listening.inspect_err(|e| log::debug!("whoever unmounts cannot ask us: {e}")).ok();
     let hung_up = Box::new(|| ControlFlow::Continue(()));
-    Ok(Mounted { mountpoint, image, control, unmounter, ends, listening, hung_up })
+    Ok(Mounted { mountpoint, image, control, unmounter, ends, listening, hung_up, _mark: mark })
+}
+
+fn announced(mountpoint: &Path, image: &Image) -> Option<File> {
+    let device = mounted_at(mountpoint)?;
+    let top = image.chain().top()?.file().identity();
+    announce(device, top).inspect_err(|e| log::warn!("others cannot see what is mounted: {e}")).ok()
 }
 
 impl Mounted {

@@ -3,7 +3,7 @@
 use std::ffi::{CString, OsStr};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -55,4 +55,59 @@ pub fn open_place_in(parent: BorrowedFd<'_>, name: &OsStr) -> io::Result<File> {
 /// Major and minor number of a device, as `/sys` names it.
 pub fn device_numbers(device: u64) -> (u32, u32) {
     (libc::major(device), libc::minor(device))
+}
+
+/// The device of this major and minor number.
+pub fn device(major: u32, minor: u32) -> u64 {
+    libc::makedev(major, minor)
+}
+
+/// `struct loop_info64` of linux/loop.h.
+#[repr(C)]
+struct LoopInfo {
+    device: u64,
+    inode: u64,
+    rdevice: u64,
+    rest: [u64; 26],
+}
+
+/// `LOOP_GET_STATUS64` of linux/loop.h.
+const LOOP_GET_STATUS: libc::Ioctl = 0x4c05;
+
+/// The file behind a loop device: device number of its file system, inode, and its own device number if it
+/// is a device.
+pub fn behind_loop(device: &File) -> io::Result<(u64, u64, u64)> {
+    let mut info = LoopInfo { device: 0, inode: 0, rdevice: 0, rest: [0; 26] };
+    // SAFETY: the descriptor is open for as long as `device` is borrowed; `info` has the layout and the size
+    // (232 bytes) of what this request writes.
+    check(unsafe { libc::ioctl(device.as_raw_fd(), LOOP_GET_STATUS, &raw mut info) })?;
+    Ok((info.device, info.inode, info.rdevice))
+}
+
+/// The file that `path` leads to: device number of its file system, inode, and its own device number if it
+/// is a device. What the kernel remembers of it counts: no server of a file system is asked.
+pub fn identity_unasked(path: &Path) -> io::Result<(u64, u64, u64)> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    // SAFETY: `statx` is plain old data; all zeros is a valid value.
+    let mut found: libc::statx = unsafe { std::mem::zeroed() };
+    let flags = libc::AT_STATX_DONT_SYNC | libc::AT_NO_AUTOMOUNT;
+    let wanted = libc::STATX_TYPE | libc::STATX_INO;
+    // SAFETY: `path` is a string with a NUL at its end and `found` is valid for the call to write.
+    check(unsafe { libc::statx(libc::AT_FDCWD, path.as_ptr(), flags, wanted, &raw mut found) })?;
+    let kind = u32::from(found.stx_mode) & libc::S_IFMT;
+    let is_file = kind == libc::S_IFREG;
+    if !is_file && kind != libc::S_IFBLK {
+        return Err(io::Error::from_raw_os_error(libc::ENODEV));
+    }
+    let rdevice = if is_file { 0 } else { device(found.stx_rdev_major, found.stx_rdev_minor) };
+    Ok((device(found.stx_dev_major, found.stx_dev_minor), found.stx_ino, rdevice))
+}
+
+/// An empty file in memory with this name, which others see in `/proc`. No program that we start inherits it.
+pub fn memory_file(name: &str) -> io::Result<File> {
+    let name = CString::new(name)?;
+    // SAFETY: `name` is a string with a NUL at its end that outlives the call.
+    let descriptor = check(unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) })?;
+    // SAFETY: the kernel has just given us this descriptor, and nobody else has it.
+    Ok(unsafe { File::from_raw_fd(descriptor) })
 }

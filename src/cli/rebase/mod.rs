@@ -18,7 +18,7 @@ use super::options::{Opening, Output, Refused};
 use super::print;
 use super::progress::Showing;
 use super::stop::{self, Stop};
-use crate::chain::{Chain, Opener};
+use crate::chain::{Chain, Opener, or_rebase_mounted};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::file::{Access, CacheMode, output};
 use crate::layer::Format;
@@ -140,6 +140,16 @@ fn run_one(
 
 /// Does with one image what was asked for.
 fn work_on(
+    arguments: &Arguments,
+    opener: &Opener,
+    request: &Request,
+    image: &Path,
+    progress: &Progress,
+) -> Result<Done> {
+    work_on_file(arguments, opener, request, image, progress).map_err(|error| or_rebase_mounted(error, image))
+}
+
+fn work_on_file(
     arguments: &Arguments,
     opener: &Opener,
     request: &Request,
