@@ -11,7 +11,7 @@ const NOBODY: &str = "setpriv --reuid 65534 --regid 65534 --clear-groups";
 
 /// QEMU has an image open, whose options follow, until the case was tried; and the wait until it has.
 const HOLD: &str =
-    "(echo read 0 512; until test -e tried; do sleep 0.05; done) 2> later | stdbuf -oL qemu-io > held 2>&1";
+    "(echo read 0 512; until test -e tried || ! test -e \"$PWD\"; do sleep 0.05; done) 2> later | stdbuf -oL qemu-io > held 2>&1";
 const HELD: &str = "until grep -q 'read 512/512' held; do sleep 0.05; done";
 
 /// Prints the words.
@@ -52,7 +52,7 @@ const CASES: &[Case] = &[
     ("EBUSY", "MOUNT; cp cow.qcow2 copy; mv copy cow.qcow2", "echo new.raw > mnt/ctl/backing", "cow.qcow2: its path leads to another file by now"),
     // A server that is stopped has the new backing file: the rebase waits for it.
     ("EBUSY", "mkdir slow; qemu-img convert -f raw -O qcow2 new.raw slow.qcow2; rebasefs mount slow.qcow2 slow; MOUNT
-        server=$(sed -n 's/^server: //p' slow/ctl/status); kill -STOP $server; (until test -e tried; do sleep 0.05; done; kill -CONT $server) > later 2>&1 &
+        server=$(sed -n 's/^server: //p' slow/ctl/status); kill -STOP $server; (until test -e tried || ! test -e \"$PWD\"; do sleep 0.05; done; kill -CONT $server) > later 2>&1 &
         (echo $PWD/slow/disk.raw > mnt/ctl/backing) > first 2>&1 & until grep -q '^state: running' mnt/ctl/status; do sleep 0.02; done",
         "echo new.raw > mnt/ctl/backing", "busy: rebase onto"),
     // The first write to the overlay takes long enough for somebody to write to the backing file.
