@@ -10,8 +10,7 @@ const MOUNT: &str = "mkdir mnt; rebasefs mount cow.qcow2 mnt";
 const NOBODY: &str = "setpriv --reuid 65534 --regid 65534 --clear-groups";
 
 /// QEMU has an image open, whose options follow, until the case was tried; and the wait until it has.
-const HOLD: &str =
-    "(echo read 0 512; until test -e tried || ! test -e \"$PWD\"; do sleep 0.05; done) 2> later | stdbuf -oL qemu-io > held 2>&1";
+const HOLD: &str = "(echo read 0 512; until test -e tried || ! test -e \"$PWD\"; do sleep 0.05; done) 2> later | stdbuf -oL qemu-io > held 2>&1";
 const HELD: &str = "until grep -q 'read 512/512' held; do sleep 0.05; done";
 
 /// Prints the words.

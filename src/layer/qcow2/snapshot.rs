@@ -46,6 +46,8 @@ pub struct SnapshotTable {
     pub entries: Vec<Entry>,
     /// Bytes that the table takes in the file.
     pub bytes: u64,
+    /// The last entry claims so much that what follows it was not looked for.
+    pub is_cut: bool,
 }
 
 /// An entry of the table, whatever is wrong with it.
@@ -107,7 +109,14 @@ impl SnapshotTable {
             table.entries.push(entry);
             table.bytes += length;
             if table.bytes > MAX_TABLE_BYTES {
-                return Err(Error::corrupt("the snapshot table is too large").path(file.path()).offset(at));
+                table.is_cut = table.entries.last().is_some_and(|entry| entry.fault.is_some());
+                return match table.is_cut {
+                    true => Ok(table),
+                    false => {
+                        let error = Error::corrupt("the snapshot table is too large");
+                        Err(error.path(file.path()).offset(at))
+                    }
+                };
             }
         }
         Ok(table)

@@ -18,7 +18,7 @@ pub(super) fn mend(image: &Qcow2) -> Result<bool> {
     let Ok(table) = SnapshotTable::read_as_it_is(file, header) else { return Ok(false) };
     // What such an entry was is not known: it stays, to be looked at.
     let is_lost = table.entries.iter().any(|entry| matches!(entry.fault, Some(Fault::Misplaced(_))));
-    if is_lost || !table.entries.iter().any(|entry| entry.is_to_be_mended) {
+    if is_lost || table.is_cut || !table.entries.iter().any(|entry| entry.is_to_be_mended) {
         return Ok(false);
     }
     let entries: Vec<Vec<u8>> = table.entries.into_iter().filter_map(|entry| entry.mended).collect();
