@@ -31,6 +31,9 @@ impl Rehearsal {
         let mut object = self.report.as_json(image);
         object["dry-run"] = true.into();
         object["ranges"] = self.ranges.iter().map(range).collect();
+        if self.is_cut {
+            object["ranges-cut"] = true.into();
+        }
         object
     }
 }

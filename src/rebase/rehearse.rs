@@ -31,10 +31,17 @@ pub struct Copied {
 pub struct Rehearsal {
     /// The figures that the rebase would report.
     pub report: Report,
-    /// What it would copy, in order.
+    /// What it would copy, in order: the first [`MAX_RANGES`](Self::MAX_RANGES) ranges.
     pub ranges: Vec<Copied>,
-    /// What it would compare, in order: first byte and length in bytes.
+    /// What it would compare, in order: first byte and length in bytes; as many.
     pub compared: Vec<(GuestOffset, u64)>,
+    /// Whether there are more ranges than are listed. The figures count all of them.
+    pub is_cut: bool,
+}
+
+impl Rehearsal {
+    /// More ranges are not listed: a small file can claim any number of them.
+    pub const MAX_RANGES: usize = 1 << 17;
 }
 
 /// Finds out what [`rebase`](super::rebase) would do for a safe request, without writing. The
@@ -68,35 +75,82 @@ pub(crate) fn rehearse(
     let chains = (&old, &target.chain);
     let report = copy::copy_differences(&notes, chains, known.as_deref(), progress, Later::default())?;
     bases.refuse_touched()?;
-    let (ranges, compared) = notes.in_order();
-    Ok(Rehearsal { report, ranges, compared })
+    Ok(notes.finish(report))
 }
 
 /// An overlay that notes what it is asked to hold.
 struct Notes<'a> {
     overlay: &'a Writer,
-    ranges: Mutex<Vec<Copied>>,
-    compared: Mutex<Vec<(GuestOffset, u64)>>,
+    ranges: Mutex<Noted<Copied>>,
+    compared: Mutex<Noted<(GuestOffset, u64)>>,
 }
 
 impl Notes<'_> {
-    /// In order, neighbours joined: workers come when they come.
-    fn in_order(self) -> (Vec<Copied>, Vec<(GuestOffset, u64)>) {
-        let mut ranges = self.ranges.into_inner().unwrap_or_else(PoisonError::into_inner);
-        ranges.sort_unstable();
-        ranges.dedup_by(|next, last| {
-            let joins = last.start + last.length == next.start && last.is_zero == next.is_zero;
-            last.length += if joins { next.length } else { 0 };
-            joins
-        });
-        let mut compared = self.compared.into_inner().unwrap_or_else(PoisonError::into_inner);
-        compared.sort_unstable();
-        compared.dedup_by(|next, last| {
-            let joins = last.0 + last.1 == next.0;
-            last.1 += if joins { next.1 } else { 0 };
-            joins
-        });
-        (ranges, compared)
+    fn finish(self, report: Report) -> Rehearsal {
+        let (ranges, are_ranges_cut) = finished(self.ranges);
+        let (compared, are_compared_cut) = finished(self.compared);
+        Rehearsal { report, ranges, compared, is_cut: are_ranges_cut || are_compared_cut }
+    }
+}
+
+fn finished<T: Run>(noted: Mutex<Noted<T>>) -> (Vec<T>, bool) {
+    let mut noted = noted.into_inner().unwrap_or_else(PoisonError::into_inner);
+    noted.settle();
+    (noted.runs, noted.is_cut)
+}
+
+/// A run of bytes that can be joined with the one behind it.
+trait Run: Copy + Ord {
+    /// Takes in `next` if that goes on in the same way right behind.
+    fn join(&mut self, next: &Self) -> bool;
+}
+
+impl Run for Copied {
+    fn join(&mut self, next: &Self) -> bool {
+        let joins = self.start + self.length == next.start && self.is_zero == next.is_zero;
+        self.length += if joins { next.length } else { 0 };
+        joins
+    }
+}
+
+impl Run for (GuestOffset, u64) {
+    fn join(&mut self, next: &Self) -> bool {
+        let joins = self.0 + self.1 == next.0;
+        self.1 += if joins { next.1 } else { 0 };
+        joins
+    }
+}
+
+/// Runs as they come: workers come when they come. Keeps the first ones, of those that were joined.
+#[derive(Debug)]
+struct Noted<T> {
+    runs: Vec<T>,
+    is_cut: bool,
+}
+
+impl<T> Default for Noted<T> {
+    fn default() -> Self {
+        Self { runs: Vec::new(), is_cut: false }
+    }
+}
+
+impl<T: Run> Noted<T> {
+    fn push(&mut self, run: T) {
+        if self.runs.last_mut().is_some_and(|last| last.join(&run)) {
+            return;
+        }
+        self.runs.push(run);
+        if self.runs.len() >= 2 * Rehearsal::MAX_RANGES {
+            self.settle();
+        }
+    }
+
+    /// Puts them in order, neighbours joined.
+    fn settle(&mut self) {
+        self.runs.sort_unstable();
+        self.runs.dedup_by(|next, last| last.join(next));
+        self.is_cut |= self.runs.len() > Rehearsal::MAX_RANGES;
+        self.runs.truncate(Rehearsal::MAX_RANGES);
     }
 }
 
@@ -126,11 +180,7 @@ impl Overlay for Notes<'_> {
     }
 
     fn is_compared(&self, at: GuestOffset, length: u64) {
-        let mut compared = self.compared.lock().unwrap_or_else(PoisonError::into_inner);
-        match compared.last_mut() {
-            Some(last) if last.0 + last.1 == at => last.1 += length,
-            _ => compared.push((at, length)),
-        }
+        self.compared.lock().unwrap_or_else(PoisonError::into_inner).push((at, length));
     }
 
     fn fill(&self, at: GuestOffset, content: Content<'_>) -> Result<Filled> {
@@ -162,5 +212,28 @@ impl Overlay for Notes<'_> {
     /// Not part of a rehearsal.
     fn set_backing(&self, backing: Option<&Reference>) -> Result<()> {
         self.check_backing(backing)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_runs_are_kept_whatever_comes_and_in_which_order() {
+        let most = Rehearsal::MAX_RANGES as u64;
+        let mut noted = Noted::default();
+        // Backwards, with a gap behind each.
+        (0..5 * most).rev().for_each(|number| noted.push((GuestOffset(number * 1024), 512)));
+        assert!(noted.runs.len() < 2 * Rehearsal::MAX_RANGES);
+        noted.settle();
+        assert!(noted.is_cut && noted.runs.len() as u64 == most);
+        assert!((0..).zip(&noted.runs).all(|(number, run)| *run == (GuestOffset(number * 1024), 512)));
+        // What fills the gaps is joined with both.
+        let mut joined = Noted::default();
+        (0..most).for_each(|number| joined.push((GuestOffset(number * 1024), 512)));
+        (0..most).for_each(|number| joined.push((GuestOffset(number * 1024 + 512), 512)));
+        joined.settle();
+        assert_eq!((joined.runs, joined.is_cut), (vec![(GuestOffset(0), most * 1024)], false));
     }
 }

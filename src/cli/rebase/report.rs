@@ -46,7 +46,10 @@ pub(super) fn print(arguments: &Arguments, image: &Path, done: &Done) -> Result<
         Output::Human => {
             let kind = |range: &Copied| if range.is_zero { "zero" } else { "copy" };
             let line = |range: &Copied| format!("{} {:#x} {:#x}\n", kind(range), range.start, range.length);
-            let ranges: String = done.found.ranges.iter().map(line).collect();
+            let mut ranges: String = done.found.ranges.iter().map(line).collect();
+            if done.found.is_cut {
+                ranges += &format!("more than {} ranges: not all are listed\n", Rehearsal::MAX_RANGES);
+            }
             let what = if arguments.options.dry_run { "Nothing written" } else { "Image rebased" };
             print::print(&format!("{ranges}{what}: {}\n", summary(arguments, done)))
         }

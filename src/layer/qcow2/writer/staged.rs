@@ -9,7 +9,7 @@
 //! Readers of an image that is being written look in here while the writer changes it: no method
 //! holds the lock longer than it takes to read one piece of a table.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -143,16 +143,19 @@ impl Staged {
     pub fn tables_at(&self, at: GuestOffset) -> Result<Vec<Shared>> {
         let index = at.0 / self.header.l2_coverage();
         let mut found: Vec<Shared> = Vec::new();
+        // An image can have 65,536 snapshots, each with tables of its own.
+        let mut places: HashMap<Option<HostOffset>, usize> = HashMap::new();
         for (number, view) in self.read().views.iter().enumerate() {
             let word = view.l1.entry(index);
             let table = entry::l2_table(word, &self.header).path(self.file.path())?;
             if table.is_none() && at.0 >= view.size {
                 continue;
             }
-            match found.iter_mut().find(|shared| shared.table == table) {
-                Some(shared) => shared.views.push(number),
-                None => found.push(Shared { table, views: vec![number] }),
-            }
+            let place = *places.entry(table).or_insert_with(|| {
+                found.push(Shared { table, views: Vec::new() });
+                found.len() - 1
+            });
+            found[place].views.push(number);
         }
         Ok(found)
     }
