@@ -142,6 +142,38 @@ fn what_qemu_img_mends_is_mended_and_every_view_reads_as_before() {
     }
 }
 
+/// One field that hides snapshots: qemu-img drops them, and frees what they held.
+const HIDING: [Damage; 5] = [
+    ("the snapshot table lies past the end", |_| (SNAPSHOTS, (1u64 << 40).to_be_bytes().into())),
+    ("the snapshot table lies in a cluster of zeros", |bytes| {
+        // The last cluster of the refcount block is never all in use.
+        (SNAPSHOTS, (word(bytes, word(bytes, 48)) + 3584).next_multiple_of(8).to_be_bytes().into())
+    }),
+    ("the extra data of a snapshot reaches over the next", |bytes| {
+        (word(bytes, SNAPSHOTS) + 36, 2000u32.to_be_bytes().into())
+    }),
+    ("the extra data of a snapshot is too short", |bytes| (word(bytes, SNAPSHOTS) + 36, vec![0; 4])),
+    ("an entry is zeros", |bytes| (word(bytes, SNAPSHOTS), vec![0; 72])),
+];
+
+#[test]
+fn a_snapshot_that_one_damaged_field_hides_is_not_freed() {
+    for (what, damage) in HIDING {
+        let (s, bytes) = image("cluster_size=4k");
+        let truth = views(&MemoryFile::new(bytes.clone()), &Chain::default());
+        let (at, written) = damage(&bytes);
+        s.poke("i.qcow2", at, &written);
+        for _ in 0..2 {
+            let ended = s.run(rebasefs(), "check -r all i.qcow2");
+            assert_ne!(ended.code, Some(0), "{what}: {}", ended.stdout);
+        }
+        s.poke("i.qcow2", at, &bytes[at as usize..][..written.len()]);
+        let now = std::fs::read(s.path("i.qcow2")).unwrap();
+        assert!(views(&MemoryFile::new(now), &Chain::default()) == truth, "{what}");
+        assert_ne!(s.run("qemu-img", "check -q i.qcow2").code, Some(2), "{what}");
+    }
+}
+
 /// Whatever a power cut leaves of the repair can be repaired, and reads as before.
 fn no_cut_makes_it_worse(damaged: &[u8], truth: &[Vec<u8>], what: &str) {
     let file = MemoryFile::new(damaged.to_vec());

@@ -110,10 +110,10 @@ fn mend_tables(image: &Qcow2, first: &Examination) -> Result<bool> {
         return Ok(false);
     }
     let are_zeros_mended = zeros::mend(image, &first.references)?;
-    if first.report.corruptions + first.report.check_errors > 0 && !first.low.is_empty() {
+    if !first.low.is_empty() {
         adjust(image, first, &first.low, u64::max)?;
     }
-    Ok(snapshots::mend(image)? || are_zeros_mended)
+    Ok(snapshots::mend(image, &first.report)? || are_zeros_mended)
 }
 
 /// Lets refcounts and flags say again what the tables say.
