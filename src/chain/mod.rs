@@ -14,6 +14,8 @@ mod name;
 mod open;
 mod owners;
 mod payload;
+mod place;
+mod seen;
 mod watch;
 
 use std::sync::Arc;
@@ -22,9 +24,9 @@ pub use extents::Extents;
 pub(crate) use ground::{announce, mounted_at, or_rebase_mounted};
 pub use map::MapEntry;
 pub(crate) use name::{format_to_record, is_inside, refuse_what_qemu_cannot_open, resolve};
-pub(crate) use open::place_of;
 pub use open::{Guess, MAX_DEPTH, Opener};
 pub(crate) use payload::Payloads;
+pub(crate) use place::place_of;
 pub(crate) use watch::{Change, Watch, Way};
 
 use crate::error::{Context, Error, ErrorKind, Result};

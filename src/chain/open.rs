@@ -4,7 +4,6 @@
 //! that names further files. Layers that two chains share are opened once.
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -12,6 +11,8 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use super::Chain;
 use super::ground::Ground;
 use super::name::{self, Location};
+use super::place::choose;
+use super::seen::{Seen, a_loop};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::file::{Access, CacheMode, Directory, HostFile, Identity, LocalFile, Lock};
 use crate::layer::qcow2::table::TableCache;
@@ -137,87 +138,6 @@ impl Step {
             keeps_directory: true,
         }
     }
-}
-
-/// What a chain that is being opened has above the next layer.
-#[derive(Default)]
-struct Seen {
-    /// Each file in the order of the chain, and its depth; that of the overlay is not known.
-    files: Vec<Identity>,
-    depths: HashMap<Identity, Option<usize>>,
-    /// Whether the chain is going to stand under an overlay.
-    has_overlay: bool,
-    /// What the first of the files stands on.
-    ground: Option<Ground>,
-    /// What those on a file system, or on a device, stand on, and how many of the files are known not to be
-    /// among that.
-    grounds: HashMap<Identity, (Ground, usize)>,
-    is_mount_told: bool,
-}
-
-/// What was found below a file.
-enum Circle {
-    None,
-    /// Another mount of ours, but no circle.
-    Mount,
-    /// Our own.
-    OwnMount,
-    /// What is above it in the chain.
-    OnTop,
-    /// It is below the image itself.
-    Below,
-}
-
-impl Seen {
-    /// Below an overlay that stands on this.
-    fn under(overlay: Identity, ground: Ground) -> Self {
-        let depths = HashMap::from([(overlay, None)]);
-        Self { files: vec![overlay], depths, ..Self::at(ground) }
-    }
-
-    /// Below an overlay that will be made on this.
-    fn at(ground: Ground) -> Self {
-        Self { has_overlay: true, ground: Some(ground), ..Self::default() }
-    }
-
-    fn known(&self, file: Identity) -> Option<Option<usize>> {
-        self.depths.get(&file).copied()
-    }
-
-    fn add(&mut self, file: Identity, depth: usize) -> Result<()> {
-        if self.ground.is_none() {
-            self.ground = Some(Ground::of(file)?);
-        }
-        self.files.push(file);
-        self.depths.insert(file, Some(depth));
-        Ok(())
-    }
-
-    fn look_below(&mut self, file: Identity, own_mount: Option<u64>) -> Result<Circle> {
-        if self.ground.as_ref().is_some_and(|ground| ground.has(file)) {
-            return Ok(Circle::Below);
-        }
-        // All files of a file system stand on the same.
-        let key = if file.is_block_device() { file } else { Identity { inode: 0, ..file } };
-        let (ground, clear) = match self.grounds.entry(key) {
-            Entry::Occupied(entry) => entry.into_mut(),
-            Entry::Vacant(entry) => entry.insert((Ground::of(file)?, 0)),
-        };
-        if own_mount.is_some_and(|device| ground.has_file_system(device)) {
-            return Ok(Circle::OwnMount);
-        }
-        let mut above = self.files[*clear..].iter();
-        if ground.has(file) || above.any(|above| ground.has(*above)) {
-            return Ok(Circle::OnTop);
-        }
-        *clear = self.files.len();
-        Ok(if ground.has_mount() { Circle::Mount } else { Circle::None })
-    }
-}
-
-fn a_loop(path: &Path, what: String) -> Error {
-    let hint = "another file is needed: `rebasefs info --backing-chain FILE` shows the chain of one";
-    Error::new(ErrorKind::Loop, what).path(path).hint(hint)
 }
 
 /// What to do about a file that an image names and that is not there.
@@ -447,11 +367,11 @@ impl Opener {
         let what = match seen.known(file.identity()) {
             _ if depth == MAX_DEPTH => format!("the chain has more than {MAX_DEPTH} layers"),
             None => {
-                self.refuse_circles(&**file, depth, seen)?;
+                seen.refuse_circles(&**file, depth, self.forbidden_device)?;
                 seen.add(file.identity(), depth)?;
                 let layer = self.layer_in(&found, step)?;
                 if layer.data_file().identity() != file.identity() {
-                    self.refuse_circles(&**layer.data_file(), depth, seen)?;
+                    seen.refuse_circles(&**layer.data_file(), depth, self.forbidden_device)?;
                 }
                 return Ok((layer, found.directory));
             }
@@ -461,30 +381,6 @@ impl Opener {
             }
         };
         Err(a_loop(file.path(), what))
-    }
-
-    /// Refuses a file below which, by loop devices, file systems or other mounts, lies what it is going to
-    /// stand under. Nothing of it has been read yet: that could wait for ourselves.
-    fn refuse_circles(&self, file: &dyn HostFile, depth: usize, seen: &mut Seen) -> Result<()> {
-        let circle = match seen.look_below(file.identity(), self.forbidden_device).path(file.path())? {
-            Circle::None => return Ok(()),
-            Circle::Mount => {
-                if (depth > 0 || seen.has_overlay) && !std::mem::replace(&mut seen.is_mount_told, true) {
-                    log::warn!(
-                        "{}: lies in another mount of rebasefs, or stands on it: it can be read as long as \
-                         that is mounted",
-                        file.path().display()
-                    );
-                }
-                return Ok(());
-            }
-            Circle::OwnMount => "stands on this mount, through a device or another mount",
-            Circle::OnTop => {
-                "stands on what is above it in the chain, through a device, a file system or another mount"
-            }
-            Circle::Below => "is what the image itself lies on, through a device, a file system or a mount",
-        };
-        Err(a_loop(file.path(), format!("{circle}: the disk would stand on itself")))
     }
 
     fn find_file(&self, step: &Step) -> Result<Found> {
@@ -610,40 +506,5 @@ impl Opener {
             file.lock(Lock::Read).doing(doing)?;
         }
         Ok(Arc::new(file))
-    }
-}
-
-/// The path by which what the image at `image` names is found: by that path, whatever is open.
-///
-/// # Errors
-/// It is no local file, or its name can mean two.
-pub(crate) fn place_of(image: &Path, reference: &Reference) -> Result<PathBuf> {
-    let location = name::resolve(image, reference)?;
-    choose(&location, None).map(|(_, _, path)| path.to_owned())
-}
-
-/// Which of the two places that a name can mean is meant, ours in the directory `from`, or the one where QEMU
-/// looks: where it is opened from, by which name, and what it is called.
-fn choose<'a>(
-    location: &'a Location,
-    from: Option<&'a Directory>,
-) -> Result<(Option<&'a Directory>, &'a Path, &'a Path)> {
-    let (ours, name): (&Path, &Path) = (&location.path, &location.name);
-    let Some(theirs) = &location.from_current_directory else { return Ok((from, name, ours)) };
-    let here = from.map_or_else(|| Identity::of(ours), |directory| directory.identity_of(name));
-    match (here, Identity::of(theirs)) {
-        (Ok(one), Ok(other)) if one != other => {
-            let what = format!(
-                "its name can also mean {} in the current directory, which is where QEMU looks, and that is another file",
-                theirs.display()
-            );
-            let hint = "store an absolute path, or run from the directory of the image";
-            Err(Error::invalid(what).path(ours).hint(hint))
-        }
-        (Err(_), Ok(_)) => {
-            log::warn!("{}: not found; taking {} in the current directory", ours.display(), theirs.display());
-            Ok((None, theirs, theirs))
-        }
-        _ => Ok((from, name, ours)),
     }
 }

@@ -100,9 +100,7 @@ impl Qcow2 {
         preamble: Preamble,
         cache: Arc<TableCache>,
     ) -> Result<Self> {
-        let header = &preamble.header;
-        let l1 = L1Table::read(&*file, header.l1_offset, header.l1_entries).path(file.path())?;
-        Self::with_l1(l1, file, data_file, preamble, cache)
+        Self::open_with(L1Table::read, file, data_file, preamble, cache)
     }
 
     /// The same to be looked at, and not to be read: what its L1 table has past the end of the file is empty.
@@ -115,19 +113,18 @@ impl Qcow2 {
         preamble: Preamble,
         cache: Arc<TableCache>,
     ) -> Result<Self> {
-        let header = &preamble.header;
-        let l1 = L1Table::read_cut(&*file, header.l1_offset, header.l1_entries).path(file.path())?;
-        Self::with_l1(l1, file, data_file, preamble, cache)
+        Self::open_with(L1Table::read_cut, file, data_file, preamble, cache)
     }
 
-    fn with_l1(
-        l1: L1Table,
+    fn open_with(
+        read_l1: fn(&dyn HostFile, u64, u32) -> Result<L1Table>,
         file: Arc<dyn HostFile>,
         data_file: Option<Arc<dyn HostFile>>,
         preamble: Preamble,
         cache: Arc<TableCache>,
     ) -> Result<Self> {
         let header = &preamble.header;
+        let l1 = read_l1(&*file, header.l1_offset, header.l1_entries).path(file.path())?;
         let data_file = data_file.unwrap_or_else(|| file.clone());
         Ok(Self {
             is_sparse: is_sparse(&*data_file, header.cluster_size())?,
