@@ -67,7 +67,7 @@ fn damaged_tables_are_described_and_counted_as_qemu_img_does_it() {
             let ended = s.run(program, "check -f qcow2 --output=json i.qcow2");
             let json: Value = serde_json::from_str(&ended.stdout)
                 .unwrap_or_else(|_| panic!("{what}: {program}: {}", ended.stderr));
-            // Where an image ends of which a table lies beyond all else is told in two ways.
+            // The two disagree on where an image ends that has a table beyond all else.
             let counts = ["corruptions", "leaks", "check-errors"].map(|key| json[key].clone());
             (ended.code, counts)
         });

@@ -111,7 +111,7 @@ fn disks() -> impl Iterator<Item = Disk> {
     })
 }
 
-/// A guest that writes in pieces at random places, some of which fail, and flushes now and then.
+/// A guest: it writes pieces at random places, flushes now and then, and some of its writes fail.
 struct Guest {
     live: Arc<Live>,
     chain: Chain,

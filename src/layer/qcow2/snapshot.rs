@@ -88,7 +88,7 @@ impl From<Fault> for Error {
 }
 
 impl SnapshotTable {
-    /// Reads the table that the header names, all entries of which must be sound.
+    /// Reads the table that the header names. All its entries must be sound.
     pub fn read(file: &dyn HostFile, header: &Header) -> Result<Vec<Snapshot>> {
         let entries = Self::read_as_it_is(file, header)?.entries.into_iter().enumerate();
         let sound = |(number, entry): (usize, Entry)| match entry.fault {

@@ -1,4 +1,4 @@
-//! A snapshot table some entries of which claim too much or too little: a new one in its place.
+//! A snapshot table with entries that claim too much or too little: a new one in its place.
 //!
 //! Nothing that is in use is touched until the header points to the new table, in one write of one sector.
 //! Extra data that has to be there is added, what is more than the format allows is dropped, and so are

@@ -291,7 +291,7 @@ impl Writer {
     }
 }
 
-/// Somebody who writes for a guest while the disk moves.
+/// A guest that may write: the disk does not stand still.
 #[derive(Debug)]
 pub struct Guest<'a> {
     pub(super) writer: &'a Writer,
